@@ -121,7 +121,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Write named arrays and the versions to an uncompressed .npz, atomically."""
     with atomic_write(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **{name: np.asarray(value) for name, value in (_versions() | dict(arrays)).items()})
+        np.savez(file, allow_pickle=False, **{name: np.asarray(x) for name, x in (_versions() | dict(arrays)).items()})
 
 
 def read_npz(path: str | os.PathLike, *, rebuild: str) -> dict[str, np.ndarray]:
@@ -223,7 +223,9 @@ def read_answers(path: str | os.PathLike) -> list[Answer]:
         missing = [name for name in names if name not in row]
         if missing:
             raise InputError(f"{path} line {number} lacks {', '.join(missing)}; {rebuild}")
-        values = {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
+        values: dict[str, Any] = {
+            name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names
+        }
         if len(values["logprobs"]) != len(values["answer_ids"]):
             raise InputError(
                 f"{path} line {number} has {len(values['logprobs'])} logprobs for {len(values['answer_ids'])} "
@@ -300,9 +302,9 @@ def read_features(path: str | os.PathLike) -> Features:
     missing = [field.name for field in dataclasses.fields(Features) if field.name not in arrays]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}; {rebuild}")
-    for name in ("ids", "positions"):
-        arrays[name] = tuple(arrays[name].tolist())
-    features = Features(**{field.name: arrays[field.name] for field in dataclasses.fields(Features)})
+    fields: dict[str, Any] = {field.name: arrays[field.name] for field in dataclasses.fields(Features)}
+    fields |= {name: tuple(arrays[name].tolist()) for name in ("ids", "positions")}
+    features = Features(**fields)
     n = len(features.ids)
     for name in ("feature_ids", "activations", "resid", "recon_error"):
         if getattr(features, name).shape[0] != n:

@@ -1,0 +1,39 @@
+"""The whole job on the small GPT-2 that the package carries: from its corpus to a hallucination report.
+
+jaxsae run --config=configs/demo.py --workdir=runs/demo
+"""
+
+from jaxsae.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.model.name = "demo_gpt2"
+    config.model.path = "package://jaxsae/assets/demo_gpt2"
+    config.model.dtype = "float32"  # a CPU's own precision; bfloat16 is for accelerators
+
+    config.corpus.path = "package://jaxsae/assets/demo_gpt2/corpus.txt.gz"
+    config.corpus.context = 64
+    config.activations.batch = 64
+
+    config.sae.architecture = "topk"
+    config.sae.expansion = 4.0
+    config.sae.k = 8
+    config.sae.dead_tokens = 100_000
+
+    config.train.batch = 1024
+    config.train.n_tokens = 750_000
+    config.train.lr = 1e-3
+    config.train.evaluate_every = 100
+    config.train.checkpoint_every = 200
+    config.train.evaluate_tokens = 16_384
+
+    config.questions.path = "package://jaxsae/assets/demo_gpt2/questions.jsonl"
+    config.questions.prompt = "{question}"
+    config.questions.stop = (".",)
+    config.questions.max_new_tokens = 4
+    config.questions.batch = 256
+
+    config.features.keep = 8
+    config.tracking.top_k = 8
+    return config

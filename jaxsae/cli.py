@@ -1,0 +1,148 @@
+"""`jaxsae COMMAND --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]`: one command line to one stage.
+
+Exit codes: 0 done; 2 bad input, in one line on stderr; 130 or 143 interrupted, and the same command goes on.
+"""
+
+import logging as standard_logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = {
+    "run": "all stages below, in order; what is up to date is skipped",
+    "extract": "corpus text -> residual streams of every layer, in activations/",
+    "train": "residual streams -> one sparse autoencoder per layer, in saes/",
+    "answer": "questions -> the language model's own answers with labels, answers.jsonl",
+    "track": "answers -> SAE features and their tracks through the layers, features.npz and tracks.npz",
+    "detect": "features and tracks -> detectors of hallucinated answers beside baselines, metrics.json",
+    "evaluate": "everything measured -> report.md, report.html and figures/",
+}
+_SECTIONS = {
+    "extract": ("model", "corpus", "activations", "seed"),
+    "train": ("model", "sae", "train", "mesh", "seed"),
+    "answer": ("model", "questions"),
+    "track": ("model", "features", "tracking"),
+    "detect": ("detection", "seed"),
+    "evaluate": ("report",),
+}
+_USAGE = "jaxsae COMMAND --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]"
+_FLAGS = """\
+  --config=FILE                 the run's settings; configs/ holds those that are shipped
+  --config.SECTION.FIELD=VALUE  change one of them; =none unsets a field that may be unset
+  --workdir=DIR                 where the run's files are, and its earlier ones are found
+  --dry-run                     say what would run and why, change nothing
+  --redo                        remove this stage's earlier outcome and run it again
+  --verbosity=-1..1             warnings only, progress (default), debugging"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(list(sys.argv if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run the command line and return its exit code."""
+    words = [arg for arg in argv[1:] if not arg.startswith("-")]
+    wants_help = any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv[1:])
+    if wants_help or len(argv) == 1 or words[:1] == ["help"]:
+        print(help_text(*[word for word in words if word in COMMANDS][:1]))
+        return 0
+    from jaxsae.artifacts import InputError
+    from jaxsae.pipeline.stages import Interruption
+
+    try:
+        return _command(argv)
+    except InputError as error:
+        return _fail(str(error))
+    except Interruption as interruption:
+        print("jaxsae: interrupted; the same command goes on from here", file=sys.stderr)
+        return interruption.exit_code
+    except KeyboardInterrupt:
+        print("jaxsae: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def help_text(command: str | None = None) -> str:
+    """Return what `--help` prints: the commands, or one command's settings."""
+    if command is None:
+        lines = [f"  {name:<9} {summary}" for name, summary in COMMANDS.items()]
+        start = "launch/demo runs all of them on a small model in minutes; jaxsae COMMAND --help lists the settings."
+        return "\n".join([_USAGE, "", *lines, "", _FLAGS, "", start])
+    from jaxsae.config import describe
+
+    sections = _SECTIONS.get(command) or tuple(dict.fromkeys(s for names in _SECTIONS.values() for s in names))
+    return "\n".join([f"jaxsae {command}: {COMMANDS[command]}", "", _FLAGS, "", describe(*sections)])
+
+
+def _command(argv: list[str]) -> int:
+    from absl import flags
+    from absl import logging as absl_logging
+
+    from jaxsae import config as settings
+    from jaxsae.artifacts import InputError
+
+    names = [arg for arg in argv[1:] if not arg.startswith("-")]
+    if not names or names[0] not in COMMANDS:
+        given = names[0] if names else "no command"
+        raise InputError(f"expected a command ({', '.join(COMMANDS)}), got {given}{_nearest(given)}")
+    flag_values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "the run's folder", flag_values=flag_values)
+    flags.DEFINE_bool("dry_run", False, "change nothing", flag_values=flag_values)
+    flags.DEFINE_bool("redo", False, "run again", flag_values=flag_values)
+    flags.DEFINE_integer("verbosity", 0, "how much is logged", flag_values=flag_values)
+    rest = settings.parse(flag_values, ["--dry_run" if arg == "--dry-run" else arg for arg in argv])
+    if len(rest) > 2:
+        raise InputError(f"one command at a time, got {' '.join(rest[1:])}; flags are written --name=value")
+    if flag_values.config is None:
+        raise InputError(f"--config is missing; {_USAGE}")
+    if flag_values.workdir is None:
+        raise InputError("--workdir is missing; it has no default, name a folder for the run's files")
+    config = settings.resolve(flag_values.config)
+    _set_up_logging(absl_logging, flag_values.verbosity)
+    config_name = Path(settings.config_file(flag_values)).stem
+    execute = _dry_run if flag_values.dry_run else _execute
+    return execute(
+        names[0], config, Path(flag_values.workdir), config_name, shlex.join(["jaxsae", *argv[1:]]), flag_values.redo
+    )
+
+
+def _nearest(given: str) -> str:
+    import difflib
+
+    nearest = difflib.get_close_matches(given, COMMANDS, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else "; jaxsae --help says what they do"
+
+
+def _execute(command: str, config, workdir: Path, config_name: str, command_line: str, redo: bool) -> int:
+    from jaxsae.pipeline import run as runs
+
+    return runs.execute(command, config, workdir, config_name=config_name, command_line=command_line, redo=redo)
+
+
+def _dry_run(command: str, config, workdir: Path, config_name: str, command_line: str, redo: bool) -> int:
+    from jaxsae.pipeline import run as runs
+
+    print("\n".join(runs.plan(command, config, workdir, redo=redo)))
+    return 0
+
+
+def _set_up_logging(absl_logging, verbosity: int) -> None:
+    """Log to stderr, a line an event, without the remarks that Orbax makes about its own doings."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(verbosity)
+    absl_logging.set_stderrthreshold("debug")
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(lambda record: record.levelno >= standard_logging.ERROR or "orbax" not in record.pathname)
+
+
+def _fail(message: str) -> int:
+    print(f"jaxsae: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

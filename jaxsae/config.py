@@ -1,0 +1,392 @@
+"""Every setting of a run, once: its name, type, default, unit and origin.
+
+A config file (`configs/NAME.py`) calls `defaults()`, changes what differs and returns it from `get_config()`. The
+command line overrides single fields (`--config.train.lr=1e-4`). `resolve` checks the outcome and freezes it into a
+`RunConfig`; nothing beyond this file sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from jaxsae.artifacts import InputError
+
+
+def _field(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The language model whose residual stream is read."""
+
+    name: str = _field("", "Hugging Face name, such as gpt2-medium; also how the run calls a model given by path")
+    path: str | None = _field(None, "local folder, or package://PACKAGE/FOLDER; read instead of the hub")
+    revision: str | None = _field(None, "commit of the hub's repository; unset takes the newest and records it")
+    dtype: str = _field("bfloat16", "float32 (exact) or bfloat16 (operands; dots and residual stream stay float32)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """The text whose residual streams the SAEs learn (lane A)."""
+
+    path: str | None = _field(None, "text (a document a line) or JSONL (field text), plain, .gz or .xz; or a folder")
+    name: str | None = _field(None, "Hugging Face dataset, read when path is unset; needs jaxsae[data]")
+    n_tokens: int | None = _field(None, "tokens to use; unset takes the whole corpus")
+    context: int = _field(1024, "tokens in a context, its BOS included; a power of two up to 4096")
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationsConfig:
+    """How residual streams reach the trainer."""
+
+    source: str = _field("store", "store: from disk, written by jaxsae extract")
+    batch: int = _field(16, "contexts in one forward pass; part of the result, as a matrix product's rounding is")
+    compression: str = _field("raw", "raw, or blosc (lz4 with bit shuffle: 1.25-1.44 times smaller)")
+
+
+@dataclasses.dataclass(frozen=True)
+class SaeConfig:
+    """The sparse autoencoders, one for each layer."""
+
+    architecture: str = _field("batchtopk", "topk, batchtopk or jumprelu_l1 (the published run's)")
+    n_latents: int | None = _field(None, "latents of each SAE (F); give this or expansion")
+    expansion: float | None = _field(None, "latents as a multiple of the residual width (F / D)")
+    k: int = _field(32, "latents active for a token (topk), or on average (batchtopk)")
+    aux_coefficient: float = _field(1 / 32, "weight of the loss that revives dead latents (Gao et al. 2024)")
+    dead_tokens: int = _field(10_000_000, "a latent that has not fired for this many tokens is dead")
+    threshold: float = _field(1.0, "jumprelu_l1: the fixed threshold, which gets no gradient")
+    l1_coefficient: float = _field(0.05, "jumprelu_l1: weight of the mean absolute activation")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How the SAE suite is trained."""
+
+    batch: int = _field(4096, "tokens in a step, of all data shards together")
+    epochs: float | None = _field(None, "passes over the training tokens; give this or n_tokens")
+    n_tokens: int | None = _field(None, "tokens to train on, repeating the store when it holds fewer")
+    lr: float | None = _field(None, "peak learning rate; unset takes min(3e-4, 2e-4 / sqrt(F / 2^14))")
+    optimizer: str = _field("adam", "adam (b1 0.9, b2 0.999)")
+    schedule: str = _field("linear", "linear (warm-up, then decay over the last fifth), cosine (stepped by epoch)")
+    warmup_steps: int = _field(1000, "steps of linear warm-up; at most a tenth of the run is used")
+    clip_norm: float = _field(1.0, "largest gradient norm of one layer's SAE")
+    unit_decoder_every: int = _field(1, "steps between two projections of the decoder's rows to unit norm")
+    held_out: float = _field(0.05, "share of the corpus's contexts kept for evaluation")
+    buffer_tokens: int = _field(131_072, "tokens in the shuffling buffer in memory; 2 L D bytes each")
+    evaluate_every: int = _field(1000, "steps between two evaluations on held-out tokens")
+    evaluate_tokens: int = _field(65_536, "held-out tokens in an evaluation")
+    delta_ce_tokens: int = _field(16_384, "held-out tokens whose loss is measured with a layer's residual replaced")
+    checkpoint_every: int = _field(1000, "steps between two checkpoints")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share the layers, and how many the tokens of a batch."""
+
+    layer: int | None = _field(None, "devices along the layer axis; unset takes all that data leaves")
+    data: int = _field(1, "devices along the data axis")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionsConfig:
+    """The questions put to the language model (lane B)."""
+
+    path: str | None = _field(None, "JSONL with id, question, answers, group and, if it likes, category")
+    format: str = _field("jsonl", "jsonl")
+    prompt: str = _field("Q: {question}\nA:", "the prompt; {question} is replaced")
+    stop: tuple[str, ...] = _field(("\n",), "an answer ends before the first token that holds one of these")
+    max_new_tokens: int = _field(16, "longest answer, tokens")
+    batch: int = _field(64, "prompts in one forward pass")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Which SAE features of an answer are kept."""
+
+    keep: int = _field(50, "latents kept for each answer, layer and position, by activation")
+    positions: tuple[str, ...] = _field(
+        ("last_prompt", "last_answer", "answer_max"),
+        "any of last_prompt, first_answer, last_answer, answer_mean, answer_max, answer_tokens",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """How features are followed through the layers (docs: `jaxsae.tracking.TrackerConfig`)."""
+
+    position: str = _field("last_answer", "the kept position that is tracked")
+    top_k: int = _field(50, "latents of each layer that are tracked")
+    association: str = _field("hungarian", "hungarian, greedy, feature_id or none")
+    birth_threshold: float = _field(0.5, "activation above which an unmatched feature starts a track")
+    association_threshold: float = _field(0.5, "association cost below which a pair matches")
+    semantic_weight: float = _field(0.6, "weight of 1 - cosine of the decoder rows in the cost")
+    activation_weight: float = _field(0.2, "weight of the relative change of activation in the cost")
+    gate: str = _field("before", "threshold before the assignment, or after it as in the published run")
+    max_missed_layers: int = _field(0, "layers that a track may miss before it dies")
+    normalise_activations: bool = _field(False, "divide each layer's activations by their mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionConfig:
+    """How detectors are fitted and judged."""
+
+    folds: int = _field(5, "folds of the grouped cross-validation")
+    repeats: int = _field(3, "times it is repeated with another split")
+    bootstrap: int = _field(2000, "resamples of groups behind every interval")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What the report shows."""
+
+    title: str | None = _field(None, "headline; unset takes the config's name")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All sections, checked and frozen."""
+
+    model: ModelConfig
+    corpus: CorpusConfig
+    activations: ActivationsConfig
+    sae: SaeConfig
+    train: TrainConfig
+    mesh: MeshConfig
+    questions: QuestionsConfig
+    features: FeaturesConfig
+    tracking: TrackingConfig
+    detection: DetectionConfig
+    report: ReportConfig
+    seed: int = _field(0, "of everything random in the run")
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by its dotted name, as on the command line."""
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            section = getattr(self, field.name)
+            if dataclasses.is_dataclass(section):
+                for name, setting in vars(section).items():
+                    fields[f"{field.name}.{name}"] = list(setting) if isinstance(setting, tuple) else setting
+            else:
+                fields[field.name] = section
+        return fields
+
+    def select(self, *names: str) -> dict[str, Any]:
+        """Return the settings of some sections ("train") or single fields ("tracking.top_k"), by dotted name."""
+        return {
+            key: setting
+            for key, setting in self.flat().items()
+            if any(key == name or key.startswith(f"{name}.") for name in names)
+        }
+
+
+SECTIONS: dict[str, type] = {
+    field.name: field.type
+    for field in dataclasses.fields(RunConfig)
+    if isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
+}
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "activations.source": ("store",),
+    "activations.compression": ("raw", "blosc"),
+    "sae.architecture": ("topk", "batchtopk", "jumprelu_l1"),
+    "train.optimizer": ("adam",),
+    "train.schedule": ("linear", "cosine"),
+    "questions.format": ("jsonl",),
+    "tracking.association": ("hungarian", "greedy", "feature_id", "none"),
+    "tracking.gate": ("before", "after"),
+}
+
+# Smallest value allowed; fields named here may be unset where their type says so.
+_AT_LEAST = {
+    "corpus.n_tokens": 1,
+    "corpus.context": 2,
+    "activations.batch": 1,
+    "sae.n_latents": 1,
+    "sae.expansion": 0.01,
+    "sae.k": 1,
+    "sae.aux_coefficient": 0,
+    "sae.dead_tokens": 1,
+    "sae.l1_coefficient": 0,
+    "sae.threshold": 0,
+    "train.batch": 1,
+    "train.epochs": 0.001,
+    "train.n_tokens": 1,
+    "train.lr": 0,
+    "train.warmup_steps": 0,
+    "train.clip_norm": 1e-9,
+    "train.unit_decoder_every": 1,
+    "train.held_out": 1e-6,
+    "train.buffer_tokens": 128,
+    "train.evaluate_every": 1,
+    "train.evaluate_tokens": 128,
+    "train.delta_ce_tokens": 2,
+    "train.checkpoint_every": 1,
+    "mesh.layer": 1,
+    "mesh.data": 1,
+    "questions.max_new_tokens": 1,
+    "questions.batch": 1,
+    "features.keep": 1,
+    "tracking.top_k": 1,
+    "tracking.max_missed_layers": 0,
+    "detection.folds": 2,
+    "detection.repeats": 1,
+    "detection.bootstrap": 100,
+    "seed": 0,
+}
+
+
+_OPTIONAL = tuple(
+    f"{name}.{field.name}"
+    for name, section in SECTIONS.items()
+    for field in dataclasses.fields(section)
+    if isinstance(field.type, types.UnionType)
+)
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Return all settings at their defaults, for a config file to change."""
+    sections = {
+        name: {field.name: _default(field) for field in dataclasses.fields(section)}
+        for name, section in SECTIONS.items()
+    }
+    return ml_collections.ConfigDict({**sections, "seed": 0})
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Return a field's default; one that may be unset becomes a typed placeholder."""
+    if isinstance(field.type, types.UnionType):
+        return ml_collections.config_dict.placeholder(typing.get_args(field.type)[0])
+    return field.default
+
+
+def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Parse `--config=FILE`, its overrides and the flags already in `flag_values`; return what is no flag.
+
+    `--config.SECTION.FIELD=none` unsets a field that may be unset; `resolve(flag_values.config)` checks the outcome.
+
+    Raises:
+        InputError: an unknown flag or field (with the nearest name), a wrong type, or an unreadable config file.
+    """
+    unset = [arg for arg in argv if arg.lstrip("-").startswith("config.") and arg.endswith("=none")]
+    rest = [arg for arg in argv if arg not in unset]
+    path = next((arg.split("=", 1)[1] for arg in rest if arg.startswith(("--config=", "-config="))), None)
+    if path is not None and not Path(path).is_file():
+        raise InputError(f"--config={path} is not a file; configs/ holds those that are shipped")
+    config_flags.DEFINE_config_file("config", None, "the run's settings", flag_values=flag_values, sys_argv=rest)
+    try:
+        positional = flag_values(rest)
+        for arg in unset:
+            _unset(flag_values["config"].value, arg.lstrip("-").removeprefix("config.").removesuffix("=none"))
+    except AttributeError as error:
+        raise _unknown_field(argv, error) from None
+    except (flags.Error, OSError, TypeError, ValueError, KeyError, SyntaxError) as error:
+        raise InputError(_one_line(error)) from None
+    return positional
+
+
+def config_file(flag_values: flags.FlagValues) -> str:
+    """Return the path given as `--config`."""
+    return config_flags.get_config_filename(flag_values["config"])
+
+
+def _unset(config: ml_collections.ConfigDict, name: str) -> None:
+    if name not in _OPTIONAL:
+        raise ValueError(f"{name} cannot be unset; those that can are {', '.join(_OPTIONAL)}")
+    section, field = name.split(".")
+    config[section][field] = None
+
+
+def resolve(config: ml_collections.ConfigDict) -> RunConfig:
+    """Check a ConfigDict and freeze it.
+
+    Raises:
+        InputError: it lacks or adds a field, or a value is out of range; the message names field and value.
+    """
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"get_config() returned {type(config).__name__}, expected jaxsae.config.defaults(), changed")
+    sections: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        settings = dict(config[name].items()) if name in config else {}
+        sections[name] = section(**{key: _plain(setting) for key, setting in settings.items()})
+    resolved = RunConfig(**sections, seed=config.seed)
+    _check(resolved)
+    return resolved
+
+
+def describe(*sections: str) -> str:
+    """Return the help text of the given sections: every field, its default and what it means."""
+    lines = []
+    for name in sections:
+        if name not in SECTIONS:
+            lines.append("seed (0): of everything random in the run")
+            continue
+        lines.append(f"{name}: {(SECTIONS[name].__doc__ or '').strip()}")
+        for field in dataclasses.fields(SECTIONS[name]):
+            default = "unset" if field.default is None else field.default
+            lines.append(f"  --config.{name}.{field.name} ({default}): {field.metadata['doc']}")
+    return "\n".join(lines)
+
+
+def _plain(setting: Any) -> Any:
+    return tuple(setting) if isinstance(setting, (list, tuple)) else setting
+
+
+def _unknown_field(argv: Sequence[str], error: AttributeError) -> InputError:
+    """Name the first overridden field that does not exist, and the nearest one that does."""
+    known = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
+    known.append("seed")
+    for arg in argv:
+        asked = arg.split("=", 1)[0].lstrip("-").removeprefix("config.")
+        if arg.lstrip("-").startswith("config.") and asked not in known:
+            nearest = difflib.get_close_matches(asked, known, n=1, cutoff=0.0)[0]
+            return InputError(f"--config.{asked} is no setting; the nearest is --config.{nearest}")
+    return InputError(f"the config file cannot be read: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error's telling line: the last one, which a nested traceback ends with."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _check(config: RunConfig) -> None:
+    settings = config.flat()
+    for name, choices in _CHOICES.items():
+        if settings[name] not in choices:
+            raise InputError(f"{name} is {settings[name]!r}, expected one of {', '.join(choices)}")
+    for name, least in _AT_LEAST.items():
+        if settings[name] is not None and not settings[name] >= least:
+            raise InputError(f"{name} is {settings[name]}, expected at least {least}")
+    if config.train.held_out >= 1:
+        raise InputError(f"train.held_out is {config.train.held_out}, expected a share below 1")
+    if config.corpus.context > 4096 or config.corpus.context & (config.corpus.context - 1):
+        raise InputError(f"corpus.context is {config.corpus.context}, expected a power of two up to 4096")
+    _check_one_of(settings, "sae.n_latents", "sae.expansion")
+    _check_one_of(settings, "train.epochs", "train.n_tokens")
+    if config.tracking.top_k > config.features.keep:
+        raise InputError(
+            f"tracking.top_k is {config.tracking.top_k} but features.keep is {config.features.keep}; "
+            "keep at least as many latents as are tracked"
+        )
+    if config.tracking.position not in config.features.positions:
+        raise InputError(
+            f"tracking.position is {config.tracking.position}, which features.positions "
+            f"({', '.join(config.features.positions)}) does not keep"
+        )
+
+
+def _check_one_of(settings: dict[str, Any], first: str, second: str) -> None:
+    if (settings[first] is None) == (settings[second] is None):
+        given = "neither is set" if settings[first] is None else f"both are set ({settings[first]}, {settings[second]})"
+        raise InputError(f"give {first} or {second}, one of the two; {given}")

@@ -1,0 +1,157 @@
+"""Devices: the ("layer", "data") mesh, every PartitionSpec, the start of several processes, and moves on and off.
+
+Layers never talk to each other, so nothing is ever communicated along "layer"; rows of a batch are spread along "data".
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Shaped
+
+from jaxsae.artifacts import InputError
+
+LAYER, DATA = "layer", "data"
+BY_LAYER = P(LAYER)  # parameters, optimizer, counters: [L, ...]
+BY_LAYER_AND_DATA = P(LAYER, DATA)  # activations: [L, B, D]
+BY_DATA = P(DATA)  # per-row weights: [B]
+REPLICATED = P()
+
+
+def start_processes(environment: Mapping[str, str] = os.environ) -> None:
+    """Join the other processes of the run, if there are any, before the first device is touched.
+
+    JAXSAE_COORDINATOR (host:port), JAXSAE_PROCESSES and JAXSAE_PROCESS name the processes anywhere; under SLURM with
+    more than one task, jax reads the cluster's own variables. Otherwise the run has one process.
+
+    Raises:
+        InputError: some of the three variables are set, but not all, or one is no number.
+    """
+    names = ("JAXSAE_COORDINATOR", "JAXSAE_PROCESSES", "JAXSAE_PROCESS")
+    given = {name: environment[name] for name in names if name in environment}
+    if given:
+        try:
+            address, count, index = given[names[0]], int(given[names[1]]), int(given[names[2]])
+        except (KeyError, ValueError):
+            raise InputError(f"set {', '.join(names)} together, two numbers last; found {given}") from None
+        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
+    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        jax.distributed.initialize()
+
+
+def make_mesh(n_layers: int, *, layer: int | None = None, data: int = 1) -> Mesh:
+    """Return the ("layer", "data") mesh over the first `layer * data` devices.
+
+    Args:
+        n_layers: layers of the language model; an unset `layer` takes no more devices than that.
+
+    Raises:
+        InputError: there are fewer devices than asked for, or several processes and a mesh that leaves a device idle.
+    """
+    available = jax.device_count()
+    if layer is None:
+        layer = max(1, min(available // data, n_layers))
+    if layer * data > available:
+        raise InputError(f"mesh.layer {layer} x mesh.data {data} needs {layer * data} devices, {available} are here")
+    if jax.process_count() > 1 and layer * data != available:
+        raise InputError(
+            f"mesh.layer {layer} x mesh.data {data} uses {layer * data} of {available} devices; with several processes "
+            "every device takes part: set mesh.layer and mesh.data so that their product is the number of devices"
+        )
+    devices = np.array(jax.devices()[: layer * data]).reshape(layer, data)
+    return Mesh(devices, (LAYER, DATA), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def padded_layers(n_layers: int, mesh: Mesh) -> int:
+    """Return L rounded up to a multiple of the mesh's layer axis; the added layers repeat the last one's data."""
+    shards = mesh.shape[LAYER]
+    return -(-n_layers // shards) * shards
+
+
+def local_layers(n_layers: int, mesh: Mesh) -> slice:
+    """Return the layers whose activations this process must read: never empty, never beyond `n_layers`."""
+    per_shard = padded_layers(n_layers, mesh) // mesh.shape[LAYER]
+    rows = [
+        row for row, devices in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in devices)
+    ]
+    first, last = min(rows) * per_shard, (max(rows) + 1) * per_shard
+    return slice(min(first, n_layers - 1), min(last, n_layers))
+
+
+def put_batch(acts: Float[np.ndarray, "l B D"], layers: slice, n_layers: int, mesh: Mesh) -> Float[Array, "L B D"]:
+    """Place this process's layers of a batch on its devices, padding the layer axis with the last layer.
+
+    Args:
+        acts: activations of `layers` (as `local_layers` gave them), every row of the global batch.
+    """
+    sharding = NamedSharding(mesh, BY_LAYER_AND_DATA)
+    shape = (padded_layers(n_layers, mesh), *acts.shape[1:])
+
+    def part(index: Any) -> np.ndarray:
+        wanted = np.arange(*index[0].indices(shape[0])).clip(max=n_layers - 1) - layers.start
+        return acts[wanted[0] : wanted[-1] + 1, index[1]] if _is_run(wanted) else acts[wanted][:, index[1]]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _is_run(indices: np.ndarray) -> bool:
+    return bool((np.diff(indices) == 1).all())
+
+
+def put_rows(weights: Float[np.ndarray, " B"], mesh: Mesh) -> Float[Array, " B"]:
+    """Spread one number a row along the data axis."""
+    return jax.make_array_from_callback(weights.shape, NamedSharding(mesh, BY_DATA), lambda index: weights[index])
+
+
+def put_layers(tree: Any, mesh: Mesh) -> Any:
+    """Spread arrays `[L, ...]` of a pytree, the same on every process, along the layer axis."""
+    sharding = NamedSharding(mesh, BY_LAYER)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: np.asarray(x)[i]), tree)
+
+
+def pad_layers(array: Shaped[np.ndarray, "L ..."], mesh: Mesh) -> Shaped[np.ndarray, "..."]:
+    """Repeat the last layer until the layer axis divides by the mesh's."""
+    missing = padded_layers(array.shape[0], mesh) - array.shape[0]
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+
+
+def gather_layers(rows: Shaped[np.ndarray, "l ..."], layers: slice, n_layers: int) -> Shaped[np.ndarray, "L ..."]:
+    """Return the rows of all layers, given those of this process's `layers`."""
+    if jax.process_count() == 1:
+        return rows
+    whole = np.zeros((n_layers, *rows.shape[1:]), rows.dtype)
+    whole[layers] = rows
+    present = np.isin(np.arange(n_layers), np.arange(n_layers)[layers])
+    parts, owners = multihost_utils.process_allgather(whole), multihost_utils.process_allgather(present)
+    return np.stack([parts[np.argmax(owners[:, layer]), layer] for layer in range(n_layers)])
+
+
+def fetch(tree: Any) -> Any:
+    """Return the pytree's arrays, whole, as NumPy arrays on every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
+
+
+def layer_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of everything that is `[L, ...]`."""
+    return NamedSharding(mesh, BY_LAYER)
+
+
+def global_any(flag: bool) -> bool:
+    """Say whether the flag is up on any process, so that all of them stop at the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(jnp.asarray(flag)).any())
+
+
+def wait_for_all(name: str) -> None:
+    """Return when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,74 @@
+"""Phase 4: features and tracks to judged detectors: `metrics.json`, `predictions.csv`, `detector/`."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsae import artifacts, detection
+from jaxsae.artifacts import InputError
+from jaxsae.config import RunConfig
+from jaxsae.pipeline.stages import STAGES, Context, peak_bytes, read_record
+from jaxsae.progress import Progress
+
+PREDICTION_COLUMNS = ("id", "group", "repeat", "fold", "label", "detector", "score", "probability")
+_SAE_KEYS = ("layer", "mse", "fvu", "l0_train", "l0_inference", "dead", "delta_ce")
+
+
+def run(config: RunConfig, context: Context) -> None:
+    """Judge every detector on the same grouped folds, and fit the one to keep on all rows.
+
+    Raises:
+        InputError: a file is damaged, they do not belong together, or there are too few answers of a class.
+    """
+    started = time.monotonic()
+    workdir = context.workdir
+    answers = artifacts.read_answers(workdir / "answers.jsonl")
+    features = artifacts.read_features(workdir / "features.npz")
+    tracks = artifacts.read_npz(workdir / "tracks.npz", rebuild="run jaxsae track")
+    if tracks["ids"].tolist() != list(features.ids):
+        raise InputError(f"{workdir}/tracks.npz and features.npz are of different answers; run jaxsae track")
+    tables = detection.build_tables(features, answers, tracks["metrics"], tracks["metric_names"].tolist())
+    protocol = detection.ProtocolConfig(
+        folds=config.detection.folds,
+        repeats=config.detection.repeats,
+        bootstrap=config.detection.bootstrap,
+        seed=config.seed,
+    )
+    with Progress("detect", 1, "steps") as bar:
+        results = detection.evaluate(
+            tables, protocol, progress=lambda done, total, what: bar.update(done, what, total=total)
+        )
+    detection.fit_detector(tables, protocol).save(workdir / "detector")
+    _write_predictions(workdir / "predictions.csv", results.predictions)
+    artifacts.write_json(workdir / "metrics.json", _metrics(results, context, time.monotonic() - started))
+    method = next(row for row in results.detection if row["name"] == protocol.method)
+    canary = results.canary
+    context.details = (
+        f"{protocol.method} AUROC {method['auroc']:.3f} [{method['ci_low']:.3f}, {method['ci_high']:.3f}], "
+        f"canary {canary['auroc']:.3f} [{canary['ci_low']:.3f}, {canary['ci_high']:.3f}]"
+    )
+
+
+def _write_predictions(path: Path, predictions: dict[str, np.ndarray]) -> None:
+    with artifacts.atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(PREDICTION_COLUMNS)
+        writer.writerows(zip(*(predictions[name].tolist() for name in PREDICTION_COLUMNS), strict=True))
+
+
+def _metrics(results: detection.Results, context: Context, seconds: float) -> dict[str, Any]:
+    """Return the content of metrics.json: what detectors and SAEs reached, and what each stage so far took."""
+    evaluation = artifacts.read_json(context.workdir / "saes" / "evaluation.json", rebuild="run jaxsae train")
+    records = {name: read_record(context.workdir, stage) for name, stage in STAGES.items()}
+    done = {
+        name: record for name, record in records.items() if record is not None and name not in ("detect", "evaluate")
+    }
+    return {
+        **results.summary(),
+        "sae": [{key: row[key] for key in _SAE_KEYS} for row in evaluation["rows"]],
+        "seconds": {name: record["seconds"] for name, record in done.items()} | {"detect": round(seconds, 3)},
+        "peak_bytes": {name: record["peak_bytes"] for name, record in done.items()} | {"detect": peak_bytes()},
+    }

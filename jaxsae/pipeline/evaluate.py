@@ -1,0 +1,177 @@
+"""Phase 5: everything measured so far to a report: `report.md`, `report.html`, `figures/`."""
+
+import csv
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsae import artifacts, report, tracking
+from jaxsae.artifacts import Answer
+from jaxsae.config import RunConfig
+from jaxsae.pipeline.stages import STAGES, Context, read_record, tree_bytes
+from jaxsae.progress import read_metrics
+
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "transformers", "numpy", "scikit-learn")
+
+
+def run(config: RunConfig, context: Context) -> None:
+    """Write the report.
+
+    Raises:
+        InputError: a file of an earlier stage is damaged.
+    """
+    written = report.write(context.workdir, gather(config, context))
+    context.details = f"{len(written)} files; read {context.workdir / 'report.html'}"
+
+
+def gather(config: RunConfig, context: Context) -> report.ReportInputs:
+    """Collect what the report says from the workdir's files.
+
+    Raises:
+        InputError: a file is missing or damaged; it is named, with the stage to run.
+    """
+    workdir = context.workdir
+    metrics = artifacts.read_json(workdir / "metrics.json", rebuild="run jaxsae detect")
+    evaluation = artifacts.read_json(workdir / "saes" / "evaluation.json", rebuild="run jaxsae train")
+    about = artifacts.read_json(workdir / "saes" / "suite.json", rebuild="run jaxsae train")
+    answers = artifacts.read_answers(workdir / "answers.jsonl")
+    predictions = read_predictions(workdir / "predictions.csv")
+    comparison = {row["role"]: row for row in metrics["differences"] if row.get("role")}
+    method = metrics["config"]["method"]
+    return report.ReportInputs(
+        config_name=config.report.title or context.config_name,
+        command=context.command,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config=config.flat(),
+        host=host(),
+        model={"name": about["model"], "n_layers": about["n_layers"], "d_model": about["d_model"]},
+        sae_spec={
+            "architecture": about["architecture"],
+            "n_latents": about["n_latents"],
+            "k": about["k"],
+            "tokens": about["total_tokens"],
+            "steps": about["total_steps"],
+            "batch": about["batch"],
+        },
+        phases=phases(workdir),
+        sae=evaluation["rows"],
+        history=history(workdir, about["batch"]),
+        detection=metrics["detection"],
+        canary=metrics["canary"],
+        by_category=metrics["by_category"],
+        differences=metrics["differences"],
+        counts=metrics["counts"],
+        predictions=predictions,
+        method=method,
+        best_baseline=comparison.get("pass", {}).get("against"),
+        pass_difference=comparison.get("pass", {}).get("name"),
+        tracks_difference=comparison.get("tracks", {}).get("name"),
+        examples=examples(workdir, answers, predictions[method][1] if method in predictions else None),
+        disk_bytes={name: tree_bytes(workdir / name) for stage in STAGES.values() for name in stage.clears},
+    )
+
+
+def read_predictions(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return detector -> (labels, scores, groups), one entry an answer, scores averaged over repeats."""
+    rows: dict[str, dict[str, list]] = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            entry = rows.setdefault(row["detector"], {}).setdefault(row["id"], [int(row["label"]), [], row["group"]])
+            entry[1].append(float(row["score"]))
+    return {
+        detector: (
+            np.array([label for label, _, _ in entries.values()]),
+            np.array([np.mean(scores) for _, scores, _ in entries.values()]),
+            np.array([group for _, _, group in entries.values()]),
+        )
+        for detector, entries in rows.items()
+    }
+
+
+def phases(workdir: Path) -> list[dict[str, Any]]:
+    """Return a row per stage: its status, seconds, memory and bytes on disk, from the records."""
+    rows = []
+    for name, stage in STAGES.items():
+        if name == "evaluate":
+            continue
+        record = read_record(workdir, stage)
+        if record is None:
+            rows.append({"name": name, "status": "missing", "seconds": None, "output_bytes": None, "peak_bytes": None})
+            continue
+        kept = {key: record[key] for key in ("seconds", "output_bytes", "peak_bytes")}
+        rows.append({"name": name, "status": "done", "detail": record["details"], **kept})
+    return rows
+
+
+def history(workdir: Path, batch: int) -> list[dict[str, Any]]:
+    """Return a row per evaluation and layer from the training log."""
+    names = {"eval/fvu": "fvu", "eval/mse": "mse", "eval/l0": "l0", "train/dead": "dead", "train/loss": "loss"}
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for entry in read_metrics(workdir / "logs" / "metrics.jsonl"):
+        for flat, number in entry.items():
+            name, _, layer = flat.rpartition("/layer_")
+            if name in names:
+                key = (entry["step"], int(layer))
+                start = {"step": key[0], "tokens": key[0] * batch, "layer": key[1]}
+                rows.setdefault(key, start)[names[name]] = number
+    return [rows[key] for key in sorted(rows)]
+
+
+def examples(workdir: Path, answers: list[Answer], scores: np.ndarray | None) -> list[dict[str, Any]]:
+    """Return one right and one wrong answer, each the median one of its label by the method's score, with tracks."""
+    if scores is None:
+        return []
+    arrays = artifacts.read_npz(workdir / "tracks.npz", rebuild="run jaxsae track")
+    tracks = tracking.Tracks.from_arrays(arrays)
+    labels = np.array([answer.label for answer in answers])
+    rows = []
+    for label in (0, 1):
+        members = np.flatnonzero(labels == label)
+        index = int(members[np.argsort(scores[members], kind="stable")[len(members) // 2]])
+        answer = answers[index]
+        rows.append(
+            {
+                "question": answer.prompt,
+                "answer": answer.answer,
+                "expected": " / ".join(answer.answers),
+                "label": label,
+                "score": float(scores[index]),
+                "tracks": _tracks_of(tracks, index),
+            }
+        )
+    return rows
+
+
+def _tracks_of(tracks: tracking.Tracks, sample: int) -> list[dict[str, Any]]:
+    rows = []
+    for track in range(tracks.sample_offsets[sample], tracks.sample_offsets[sample + 1]):
+        at = slice(tracks.observation_offsets[track], tracks.observation_offsets[track + 1])
+        rows.append(
+            {
+                "birth": int(tracks.birth[track]),
+                "death": int(tracks.death[track]),
+                "layers": tracks.layer[at].tolist(),
+                "features": tracks.feature_id[at].tolist(),
+                "activations": tracks.activation[at].tolist(),
+            }
+        )
+    return rows
+
+
+def host() -> dict[str, Any]:
+    """Return what the run ran on: machine, cores, memory, and the packages' versions."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "machine": platform.platform(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": memory,
+        "python": platform.python_version(),
+        "versions": versions,
+    }

@@ -1,0 +1,316 @@
+"""One training step of all layers' SAEs: the recipe, the state, and the sharded step itself.
+
+The step runs inside `jax.shard_map` over the ("layer", "data") mesh. Gradients and the counters of fired latents travel
+along "data" in one sum; nothing travels along "layer".
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jaxsae import mesh as meshes
+from jaxsae.artifacts import InputError
+from jaxsae.config import SaeConfig, TrainConfig
+from jaxsae.sae.architectures import AnyArray, SaeParams, architecture
+from jaxsae.sae.losses import BatchCounts, layer_loss
+from jaxsae.sae.suite import SaeSuite, fold_scale
+
+THRESHOLD_DECAY = 0.999  # of BatchTopK's threshold at inference, an exponential average
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run's settings with everything derived from them.
+
+    Attributes:
+        dead_tokens: the window after which a latent counts as dead, at most a fifth of the run.
+    """
+
+    sae: SaeConfig
+    train: TrainConfig
+    n_layers: int
+    d_model: int
+    n_latents: int
+    total_steps: int
+    batches_per_epoch: int
+    dead_tokens: int
+    lr: float
+
+    @property
+    def total_tokens(self) -> int:
+        """Return the tokens that all steps together see."""
+        return self.total_steps * self.train.batch
+
+
+def make_recipe(sae: SaeConfig, train: TrainConfig, *, n_layers: int, d_model: int, batches_per_epoch: int) -> Recipe:
+    """Derive what the settings leave open.
+
+    Raises:
+        InputError: the corpus holds less than a batch, k exceeds the latents, or the run has no step.
+    """
+    n_latents = sae.n_latents if sae.n_latents is not None else round((sae.expansion or 0) * d_model)
+    if sae.k > n_latents:
+        raise InputError(f"sae.k is {sae.k} but each SAE has {n_latents} latents")
+    if batches_per_epoch < 1:
+        raise InputError(f"the training tokens do not fill one batch of {train.batch}; lower train.batch")
+    steps = round((train.epochs or 0) * batches_per_epoch) if train.n_tokens is None else train.n_tokens // train.batch
+    if steps < 1:
+        raise InputError(f"the budget (epochs {train.epochs}, n_tokens {train.n_tokens}) is less than one step")
+    return Recipe(
+        sae=sae,
+        train=train,
+        n_layers=n_layers,
+        d_model=d_model,
+        n_latents=n_latents,
+        total_steps=steps,
+        batches_per_epoch=batches_per_epoch,
+        dead_tokens=max(train.batch, min(sae.dead_tokens, steps * train.batch // 5)),
+        lr=train.lr if train.lr is not None else min(3e-4, 2e-4 / (n_latents / 2**14) ** 0.5),
+    )
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything the next step depends on; every leaf is `[L, ...]`.
+
+    Attributes:
+        since_fired: training tokens since each latent was last active.
+        threshold_sum: BatchTopK's exponential average, before its bias correction.
+        scale: what a row is multiplied with before the SAE sees it.
+        mean, variance: of the scaled rows; the variance is the mean squared distance from the mean.
+        best: weights at each layer's lowest held-out FVU, with `best_fvu`, `best_step` and `best_dead` there.
+    """
+
+    params: SaeParams
+    opt_state: Any
+    since_fired: Int[Array, "L F"]
+    threshold_sum: Float[Array, " L"]
+    scale: Float[Array, " L"]
+    mean: Float[Array, "L D"]
+    variance: Float[Array, " L"]
+    best: dict[str, Array]
+    best_fvu: Float[Array, " L"]
+    best_step: Int[Array, " L"]
+    best_dead: Float[Array, " L"]
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Return one layer's optimizer; a suite maps it over layers, so that clipping does not couple them."""
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.train.clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999),
+        optax.scale_by_learning_rate(make_schedule(recipe)),
+    )
+
+
+def make_schedule(recipe: Recipe) -> optax.Schedule:
+    """Return the learning rate of each step.
+
+    linear: warm-up from 0, constant, then down to 0 over the last fifth. cosine: the published run's, one value an
+    epoch, lr (1 + cos(pi epoch / epochs)) / 2.
+    """
+    steps = recipe.total_steps
+    if recipe.train.schedule == "cosine":
+        epochs = max(1, round(steps / recipe.batches_per_epoch))
+        return lambda step: recipe.lr * (1 + jnp.cos(jnp.pi * (step // recipe.batches_per_epoch) / epochs)) / 2
+    warmup, decay = min(recipe.train.warmup_steps, steps // 10), max(1, steps // 5)
+    pieces = [optax.linear_schedule(0.0, recipe.lr, warmup)] if warmup else []
+    pieces += [optax.constant_schedule(recipe.lr), optax.linear_schedule(recipe.lr, 0.0, decay)]
+    return optax.join_schedules(pieces, [warmup, steps - decay] if warmup else [steps - decay])
+
+
+def init_state(recipe: Recipe, sample: Float[np.ndarray, "L N D"], seed: int) -> TrainState:
+    """Return the state before the first step, on the default device.
+
+    Args:
+        sample: training rows of all layers; they set b_dec to the mean, and scale and variance.
+
+    Raises:
+        InputError: a layer's rows are not finite, or all the same.
+    """
+    arch = architecture(recipe.sae.architecture)
+    rows = sample.astype(np.float64)
+    _check_rows(rows)
+    squared = (rows**2).sum(-1).mean(-1)
+    scale = np.sqrt(recipe.d_model / squared) if arch.centres_input else np.ones(len(rows))
+    mean = rows.mean(axis=1) * scale[:, None]
+    variance = squared * scale**2 - (mean**2).sum(-1)
+    keys = [jax.random.fold_in(jax.random.key(seed), layer) for layer in range(len(rows))]
+    init = _init_tied if arch.centres_input else _init_linear
+    layers = [
+        init(key, recipe.d_model, recipe.n_latents, jnp.asarray(m, jnp.float32))
+        for key, m in zip(keys, mean, strict=True)
+    ]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    n_layers = len(rows)
+    state = TrainState(
+        params=params,
+        opt_state=jax.vmap(make_optimizer(recipe).init)(params),
+        since_fired=jnp.zeros((n_layers, recipe.n_latents), jnp.int32),
+        threshold_sum=jnp.zeros(n_layers),
+        scale=jnp.asarray(scale, jnp.float32),
+        mean=jnp.asarray(mean, jnp.float32),
+        variance=jnp.asarray(variance, jnp.float32),
+        best={},
+        best_fvu=jnp.full(n_layers, jnp.inf),
+        best_step=jnp.zeros(n_layers, jnp.int32),
+        best_dead=jnp.zeros(n_layers),
+    )
+    return dataclasses.replace(state, best=weights_of(state, recipe, 0))
+
+
+def _check_rows(rows: Float[np.ndarray, "L N D"]) -> None:
+    for layer, layer_rows in enumerate(rows):
+        if not np.isfinite(layer_rows).all():
+            raise InputError(f"the activations of layer {layer} are not finite; run jaxsae extract again")
+        if np.ptp(layer_rows, axis=0).max() == 0:
+            raise InputError(f"the activations of layer {layer} are the same on all {len(layer_rows)} tokens")
+
+
+def _init_tied(key: Array, d_model: int, n_latents: int, mean: Float[Array, " D"]) -> SaeParams:
+    """Unit decoder rows in random directions, the encoder their transpose, b_dec the mean row."""
+    W_dec = _unit_rows(jax.random.normal(key, (n_latents, d_model)))
+    return SaeParams(W_enc=W_dec.T, b_enc=jnp.zeros(n_latents), W_dec=W_dec, b_dec=mean)
+
+
+def _init_linear(key: Array, d_model: int, n_latents: int, mean: Float[Array, " D"]) -> SaeParams:
+    """The published run's: torch's nn.Linear default for both layers, then unit decoder rows."""
+    keys = jax.random.split(key, 4)
+    bound_in, bound_out = d_model**-0.5, n_latents**-0.5
+    return SaeParams(
+        W_enc=jax.random.uniform(keys[0], (d_model, n_latents), minval=-bound_in, maxval=bound_in),
+        b_enc=jax.random.uniform(keys[1], (n_latents,), minval=-bound_in, maxval=bound_in),
+        W_dec=_unit_rows(jax.random.uniform(keys[2], (n_latents, d_model), minval=-bound_out, maxval=bound_out)),
+        b_dec=jax.random.uniform(keys[3], (d_model,), minval=-bound_out, maxval=bound_out),
+    )
+
+
+def _unit_rows(rows: Float[Array, "*L F D"]) -> Float[Array, "*L F D"]:
+    return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def make_step(recipe: Recipe, mesh: Mesh) -> Callable:
+    """Return the compiled (state, acts [L B D], step) -> (state, metrics [L] each) over the mesh; it donates the state.
+
+    Metrics of the batch, with training's encoding: loss, mse (a coordinate's, residual units), fvu (against the
+    variance at the start), l0, dead (share of latents).
+    """
+    step = functools.partial(train_step, recipe=recipe, optimizer=make_optimizer(recipe), axis=meshes.DATA)
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(meshes.BY_LAYER, meshes.BY_LAYER_AND_DATA, meshes.REPLICATED),
+        out_specs=(meshes.BY_LAYER, meshes.BY_LAYER),
+    )
+    return jax.jit(sharded, donate_argnums=0)
+
+
+def train_step(
+    state: TrainState,
+    acts: Float[Array, "L B D"],
+    step: Int[Array, ""],
+    *,
+    recipe: Recipe,
+    optimizer: optax.GradientTransformation,
+    axis: str | None,
+) -> tuple[TrainState, dict[str, Float[Array, " L"]]]:
+    """Take one step on this shard's layers and rows; with `axis=None`, on all of them."""
+    arch = architecture(recipe.sae.architecture)
+    acts = acts.astype(jnp.float32) * state.scale[:, None, None]
+    grads, counts, threshold = _gradients(state, acts, recipe, axis)
+    if axis is not None:
+        grads, counts = lax.psum((grads, counts), axis)
+    if arch.centres_input:
+        grads = dataclasses.replace(grads, W_dec=_off_rows(grads.W_dec, state.params.W_dec))
+    updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    every = recipe.train.unit_decoder_every
+    unit = jnp.where((step + 1) % every == 0, _unit_rows(params.W_dec), params.W_dec)
+    since_fired = jnp.where(counts.fired > 0, 0, state.since_fired + recipe.train.batch)
+    n_rows = recipe.train.batch
+    metrics = {
+        "loss": counts.loss,
+        "mse": counts.squared_error / (n_rows * recipe.d_model * state.scale**2),
+        "fvu": counts.squared_error / (n_rows * state.variance),
+        "l0": counts.n_active / n_rows,
+        "dead": jnp.mean(since_fired >= recipe.dead_tokens, axis=-1),
+    }
+    new_state = dataclasses.replace(
+        state,
+        params=dataclasses.replace(params, W_dec=unit),
+        opt_state=opt_state,
+        since_fired=since_fired,
+        threshold_sum=THRESHOLD_DECAY * state.threshold_sum + (1 - THRESHOLD_DECAY) * threshold,
+    )
+    return new_state, metrics
+
+
+def _gradients(
+    state: TrainState, acts: Float[Array, "L B D"], recipe: Recipe, axis: str | None
+) -> tuple[SaeParams, BatchCounts, Float[Array, " L"]]:
+    """Return this shard's gradients, counts and thresholds; the dead latents' loss is left out while none is dead."""
+    is_dead = state.since_fired >= recipe.dead_tokens
+    fixed = jnp.full_like(state.variance, recipe.sae.threshold)
+    params = state.params if axis is None else jax.tree.map(lambda x: lax.pcast(x, axis, to="varying"), state.params)
+
+    def gradients(with_aux: bool) -> tuple:
+        loss = functools.partial(layer_loss, config=recipe.sae, axis=axis, with_aux=with_aux)
+        grads, (counts, threshold) = jax.vmap(jax.grad(loss, has_aux=True))(
+            params, acts, state.variance, fixed, is_dead
+        )
+        return grads, counts, threshold
+
+    if architecture(recipe.sae.architecture).sparsity == "l1" or recipe.sae.aux_coefficient == 0:
+        return gradients(False)
+    return lax.cond(is_dead.any(), lambda: gradients(True), lambda: gradients(False))
+
+
+def _off_rows(gradient: Float[AnyArray, "L F D"], rows: Float[AnyArray, "L F D"]) -> Float[AnyArray, "L F D"]:
+    """Remove the part of the gradient along each unit row, which the projection to unit norm would undo."""
+    return gradient - jnp.sum(gradient * rows, axis=-1, keepdims=True) * rows
+
+
+def weights_of(state: TrainState, recipe: Recipe, step: int) -> dict[str, Array]:
+    """Return the arrays that make a suite: weights, threshold at inference [L F], scale."""
+    if architecture(recipe.sae.architecture).learns_threshold:
+        threshold = state.threshold_sum / max(1 - THRESHOLD_DECAY**step, 1e-12)
+    elif architecture(recipe.sae.architecture).sparsity == "l1":
+        threshold = jnp.full_like(state.scale, recipe.sae.threshold)
+    else:
+        threshold = jnp.zeros_like(state.scale)
+    per_latent = jnp.zeros_like(state.params.b_enc) + threshold[:, None]
+    return {**vars(state.params), "threshold": per_latent, "scale": state.scale}
+
+
+def suite_of(weights: dict[str, Array], recipe: Recipe) -> SaeSuite:
+    """Return the suite in residual units."""
+    return fold_scale(weights, architecture=recipe.sae.architecture, k=recipe.sae.k)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def keep_best(
+    state: TrainState, weights: dict[str, Array], fvu: Float[Array, " L"], step: Int[Array, ""], dead_tokens: int
+) -> TrainState:
+    """Replace the best weights of the layers whose held-out FVU is their lowest so far."""
+    is_better = fvu < state.best_fvu
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(is_better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return dataclasses.replace(
+        state,
+        best=jax.tree.map(choose, weights, state.best),
+        best_fvu=choose(fvu, state.best_fvu),
+        best_step=choose(jnp.broadcast_to(step, fvu.shape), state.best_step),
+        best_dead=choose(jnp.mean(state.since_fired >= dead_tokens, axis=-1), state.best_dead),
+    )

@@ -1,0 +1,245 @@
+"""Train the SAEs of all layers at once: the loop around the step, with evaluation, checkpoints and exact resume.
+
+A run that was interrupted and resumed ends bit-identical to one that was not: the state holds everything the next step
+depends on, and the source is a pure function of its position.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxsae import mesh as meshes
+from jaxsae.artifacts import InputError
+from jaxsae.sae import evaluate
+from jaxsae.sae.architectures import SaeParams, architecture, pre_activations
+from jaxsae.sae.checkpoint import Checkpoints, load
+from jaxsae.sae.step import Recipe, TrainState, init_state, keep_best, make_step, suite_of, weights_of
+from jaxsae.sae.suite import SaeSuite, params_of
+
+INIT_ROWS = 16_384  # training rows behind mean, scale and variance
+_FETCH_STEPS = 16  # steps whose metrics are fetched together, so that the host does not wait for each
+
+
+class Source(Protocol):
+    """Where activations come from; `next` is a function of its state alone."""
+
+    batches_per_epoch: int
+    n_train_tokens: int
+
+    def init(self) -> dict[str, int]: ...
+    def next(self, state: dict[str, int]) -> tuple[dict[str, int], Float[np.ndarray, "L B D"]]: ...
+    def sample(self, n: int, *, seed: int) -> Float[np.ndarray, "L N D"]: ...
+    def held_out_batches(self, batch: int) -> Iterator[Float[np.ndarray, "L b D"]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended: after how many steps, and whether the run is finished."""
+
+    step: int
+    total_steps: int
+    is_finished: bool
+
+
+class Trainer:
+    """One training run: its recipe, its state, where they are kept, and the loop."""
+
+    def __init__(self, source: Source, recipe: Recipe, checkpoints: Checkpoints, *, mesh: Mesh, seed: int) -> None:
+        """Resume from the newest whole checkpoint, or start from rows of the source."""
+        self.source, self.recipe, self.checkpoints, self.mesh = source, recipe, checkpoints, mesh
+        self.layers = meshes.local_layers(recipe.n_layers, mesh)
+        sample = meshes.gather_layers(
+            source.sample(min(INIT_ROWS, source.n_train_tokens), seed=seed), self.layers, recipe.n_layers
+        )
+        fresh = init_state(recipe, meshes.pad_layers(sample, mesh), seed)
+        self.state, self.step, self.reader = meshes.put_layers(fresh, mesh), 0, source.init()
+        latest = checkpoints.latest_step()
+        if latest is not None:
+            trees, self.reader = checkpoints.restore(latest, _trees(self.state, recipe, 0))
+            self.state, self.step = _from_trees(trees, self.state), latest
+        self._take_step = make_step(recipe, mesh)
+        self._row_sums = evaluate.make_row_sums(mesh)
+        self._pending: list[tuple[int, dict[str, Array]]] = []
+
+    def run(
+        self,
+        *,
+        on_step: Callable[[int, str], None],
+        on_evaluation: Callable[[int, dict[str, np.ndarray]], None],
+        should_stop: Callable[[], bool],
+    ) -> Outcome:
+        """Train to the end of the budget, or until `should_stop`; either way the state is saved.
+
+        Args:
+            on_step: called with the number of steps done and a short note.
+            on_evaluation: called with the step and held-out `fvu`, `mse`, `l0`, the batch's `loss`, `dead`,
+                `l0_train`; all [L].
+
+        Raises:
+            InputError: the loss is not finite (step and layer named), or the disk is full.
+        """
+        recipe, total, every = self.recipe, self.recipe.total_steps, self.recipe.train
+        while self.step < total:
+            self._advance()
+            stop = meshes.global_any(should_stop())
+            if self.step % every.evaluate_every == 0 or self.step == total:
+                on_evaluation(self.step, self._evaluate())
+            if self.step < total and (self.step % every.checkpoint_every == 0 or stop):
+                self._save(_trees(self.state, recipe, self.step))
+            if len(self._pending) >= _FETCH_STEPS:
+                latest = self._fetch()
+                on_step(self.step, f"fvu {np.mean(latest['fvu']):.4f}, dead {np.mean(latest['dead']):.1%}")
+            if stop and self.step < total:
+                return Outcome(self.step, total, is_finished=False)
+        if self.checkpoints.latest_step() != total:
+            self._finish()
+        return Outcome(self.step, total, is_finished=True)
+
+    def _advance(self) -> None:
+        self.reader, acts = self.source.next(self.reader)
+        batch = meshes.put_batch(acts, self.layers, self.recipe.n_layers, self.mesh)
+        self.state, metrics = self._take_step(self.state, batch, np.int32(self.step))
+        self.step += 1
+        self._pending.append((self.step, metrics))
+
+    def _fetch(self) -> dict[str, np.ndarray]:
+        """Fetch the pending steps' metrics and return the last one's, of the real layers."""
+        steps, metrics = zip(*self._pending, strict=True)
+        self._pending = []
+        fetched = [{name: x[: self.recipe.n_layers] for name, x in row.items()} for row in meshes.fetch(list(metrics))]
+        for step, row in zip(steps, fetched, strict=True):
+            if not np.isfinite(row["loss"]).all():
+                layer = int(np.flatnonzero(~np.isfinite(row["loss"]))[0])
+                raise InputError(
+                    f"the loss of layer {layer} is {row['loss'][layer]} at step {step}; the activations are not finite "
+                    "or train.lr is too high: lower it, or run jaxsae extract again"
+                )
+        return fetched[-1]
+
+    def _evaluate(self) -> dict[str, np.ndarray]:
+        batch_metrics = self._fetch()
+        weights = weights_of(self.state, self.recipe, self.step)
+        quality = self.measure(suite_of(weights, self.recipe))
+        fvu = meshes.put_layers(meshes.pad_layers(quality.fvu.astype(np.float32), self.mesh), self.mesh)
+        self.state = keep_best(self.state, weights, fvu, np.int32(self.step), self.recipe.dead_tokens)
+        numbers = {"fvu": quality.fvu, "mse": quality.mse, "l0": quality.l0}
+        return numbers | {"loss": batch_metrics["loss"], "dead": batch_metrics["dead"], "l0_train": batch_metrics["l0"]}
+
+    def measure(self, suite: SaeSuite) -> evaluate.Quality:
+        """Measure a suite on `train.evaluate_tokens` held-out tokens."""
+        return evaluate.measure(
+            self._row_sums,
+            suite,
+            self.held_out(),
+            centre=self.state.mean / self.state.scale[:, None],
+            batch=self.recipe.train.batch,
+            layers=self.layers,
+            n_layers=self.recipe.n_layers,
+            mesh=self.mesh,
+        )
+
+    def measure_best(self) -> dict[str, np.ndarray]:
+        """Measure each layer's best SAE as it was saved; return one number a layer for each name.
+
+        `l0_train` is the sparsity that training imposed (k), or that of the evaluation; `dead` the share of latents
+        that had not fired for `Recipe.dead_tokens` training tokens when the best weights were kept.
+        """
+        saved = load(self.checkpoints.directory)
+        suite = jax.tree.map(lambda x: meshes.put_layers(meshes.pad_layers(x, self.mesh), self.mesh), saved)
+        quality = self.measure(suite)
+        state = meshes.fetch({"dead": self.state.best_dead, "step": self.state.best_step})
+        imposes_k = architecture(self.recipe.sae.architecture).sparsity == "l0"
+        return {
+            "mse": quality.mse,
+            "fvu": quality.fvu,
+            "l0_train": np.full_like(quality.l0, self.recipe.sae.k) if imposes_k else quality.l0,
+            "l0_inference": quality.l0,
+            "dead": state["dead"][: self.recipe.n_layers],
+            "best_step": state["step"][: self.recipe.n_layers],
+        }
+
+    def held_out(self) -> Iterator[Float[np.ndarray, "L b D"]]:
+        """Yield the held-out rows that every evaluation uses."""
+        batch = self.recipe.train.batch
+        n_batches = max(1, self.recipe.train.evaluate_tokens // batch)
+        return itertools.islice(self.source.held_out_batches(batch), n_batches)
+
+    def _save(self, trees: dict[str, Any]) -> None:
+        if self._pending:
+            self._fetch()
+        self.checkpoints.save(self.step, trees, self.reader)
+
+    def _finish(self) -> None:
+        """Set BatchTopK's thresholds so that held-out tokens have k active latents on average, and save."""
+        trees = _trees(self.state, self.recipe, self.step)
+        if architecture(self.recipe.sae.architecture).learns_threshold:
+            for which in ("best", "last"):
+                trees[which]["threshold"] = self._calibrated(trees[which])
+        self._save(trees)
+
+    def _calibrated(self, weights: dict[str, Array]) -> Float[Array, "L F"]:
+        kept_per_row = 4 * self.recipe.sae.k
+        params = params_of(suite_of(weights, self.recipe))
+        largest = _make_largest(self.mesh, kept_per_row)
+
+        def batches() -> Iterator[np.ndarray]:
+            for acts in self.held_out():
+                rows = acts[:, : acts.shape[1] - acts.shape[1] % self.mesh.shape[meshes.DATA]]
+                placed = meshes.put_batch(rows, self.layers, self.recipe.n_layers, self.mesh)
+                yield meshes.fetch(largest(params, placed))
+
+        thresholds = evaluate.l0_thresholds(batches(), self.recipe.sae.k, kept_per_row=kept_per_row)
+        in_trained_units = meshes.put_layers(thresholds.astype(np.float32), self.mesh) * weights["scale"]
+        return jnp.zeros_like(weights["b_enc"]) + in_trained_units[:, None]
+
+
+def _make_largest(mesh: Mesh, n: int) -> Callable:
+    """Return the compiled (params, acts) -> each row's n largest pre-activations [L B n]."""
+
+    def largest(params: SaeParams, acts: Float[Array, "L B D"]) -> Float[Array, "L B K"]:
+        pre = jax.vmap(functools.partial(pre_activations, centres_input=True))(params, acts.astype(jnp.float32))
+        return lax.top_k(pre, min(n, pre.shape[-1]))[0]
+
+    specs = (meshes.BY_LAYER, meshes.BY_LAYER_AND_DATA)
+    return jax.jit(jax.shard_map(largest, mesh=mesh, in_specs=specs, out_specs=meshes.BY_LAYER_AND_DATA))
+
+
+_STATE_ONLY = ("since_fired", "threshold_sum", "mean", "variance", "best_fvu", "best_step", "best_dead")
+
+
+def _trees(state: TrainState, recipe: Recipe, step: int) -> dict[str, Any]:
+    """Return the state as the checkpoint's items: weights that others read, and what only training needs."""
+    optimizer = {
+        jax.tree_util.keystr(path, simple=True, separator="_"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
+    train = {name: getattr(state, name) for name in _STATE_ONLY}
+    return {
+        "best": dict(state.best),
+        "last": weights_of(state, recipe, step),
+        "train": train | {"optimizer": optimizer},
+    }
+
+
+def _from_trees(trees: dict[str, Any], like: TrainState) -> TrainState:
+    """Undo `_trees`."""
+    last, train = trees["last"], trees["train"]
+    paths = jax.tree_util.tree_leaves_with_path(like.opt_state)
+    leaves = [train["optimizer"][jax.tree_util.keystr(path, simple=True, separator="_")] for path, _ in paths]
+    return dataclasses.replace(
+        like,
+        params=SaeParams(**{name: last[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}),
+        opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
+        scale=last["scale"],
+        best=trees["best"],
+        **{name: train[name] for name in _STATE_ONLY},
+    )
