@@ -100,6 +100,7 @@ def _command(argv: list[str]) -> int:
     if flag_values.workdir is None:
         raise InputError("--workdir is missing; it has no default, name a folder for the run's files")
     config = settings.resolve(flag_values.config)
+    flags.FLAGS.mark_as_parsed()
     _set_up_logging(absl_logging, flag_values.verbosity)
     config_name = Path(settings.config_file(flag_values)).stem
     execute = _dry_run if flag_values.dry_run else _execute
@@ -129,14 +130,20 @@ def _dry_run(command: str, config, workdir: Path, config_name: str, command_line
 
 
 def _set_up_logging(absl_logging, verbosity: int) -> None:
-    """Log to stderr, a line an event, without the remarks that Orbax makes about its own doings."""
+    """Log to stderr, a line an event; of other libraries only warnings, and of Orbax, which makes many, only errors."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(verbosity)
     absl_logging.set_stderrthreshold("debug")
     handler = absl_logging.get_absl_handler()
     handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(lambda record: record.levelno >= standard_logging.ERROR or "orbax" not in record.pathname)
+    handler.addFilter(_is_telling)
+
+
+def _is_telling(record: standard_logging.LogRecord) -> bool:
+    if "orbax" in record.pathname:
+        return record.levelno >= standard_logging.ERROR
+    return record.name == "absl" or record.levelno >= standard_logging.WARNING
 
 
 def _fail(message: str) -> int:

@@ -446,6 +446,8 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a command that wrote nothing leaves no folder behind
+            workdir.rmdir()
 
 
 def _take_over(path: Path) -> None:
