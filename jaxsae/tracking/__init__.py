@@ -1,0 +1,12 @@
+"""Follow SAE features through the layers as tracks, and measure how a sample's tracks behave.
+
+In: for each sample and layer the largest latents with their activations, and each layer's decoder, as NumPy arrays.
+Out: `Tracks` (births, deaths, observations, as flat arrays) and the table of 26 divergence metrics per sample.
+Not done here: finding the latents (`features`) and learning from the table (`detection`). NumPy and SciPy only.
+"""
+
+from jaxsae.tracking.associate import TrackerConfig
+from jaxsae.tracking.metrics import DIVERGENCE_COLUMNS, divergence_metrics
+from jaxsae.tracking.tracks import Tracks, track
+
+__all__ = ["DIVERGENCE_COLUMNS", "TrackerConfig", "Tracks", "divergence_metrics", "track"]
