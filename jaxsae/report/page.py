@@ -1,0 +1,260 @@
+"""The report, section by section in reading order, written as Markdown, as one HTML file and as PNG figures.
+
+Figures are written first and the pages last, so that a page never names a figure that is not there.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from jaxsae import artifacts
+from jaxsae.artifacts import InputError
+from jaxsae.report import tables, verdicts
+from jaxsae.report.markup import (
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Paragraph,
+    Picture,
+    Preformatted,
+    Verdicts,
+    render_html,
+    render_markdown,
+)
+from jaxsae.report.tables import ReportInputs
+
+FIGURE_PATTERNS = ("sae_layers.png", "training.png", "auroc.png", "roc.png", "calibration.png", "tracks_*.png")
+
+
+def write(workdir: str | os.PathLike, inputs: ReportInputs) -> list[Path]:
+    """Write `report.md`, `report.html` and `figures/*.png` under `workdir`; return their paths.
+
+    The same inputs give the same bytes. Figures of an earlier report that this one does not have are removed.
+
+    Raises:
+        InputError: predictions do not fit each other, or a claim names a difference that is not there.
+    """
+    # matplotlib and scikit-learn take a second to import, which no other command should pay.
+    from jaxsae.report import figures
+
+    check(inputs)
+    workdir = Path(workdir)
+    charts = figures.draw(inputs)
+    paths = [workdir / "figures" / f"{name}.png" for name in charts]
+    for path, chart in zip(paths, charts.values(), strict=True):
+        with artifacts.atomic_write(path) as partial:
+            partial.write_bytes(chart.png)
+    pictures = {name: Picture(name, chart.svg, chart.alt, chart.caption) for name, chart in charts.items()}
+    title, blocks = f"jaxsae report: {inputs.config_name}", document(inputs, pictures)
+    artifacts.write_text(workdir / "report.html", render_html(title, blocks))
+    artifacts.write_text(workdir / "report.md", render_markdown(title, blocks))
+    for pattern in FIGURE_PATTERNS:
+        for stale in set((workdir / "figures").glob(pattern)) - set(paths):
+            stale.unlink()
+    return [workdir / "report.md", workdir / "report.html", *paths]
+
+
+def check(inputs: ReportInputs) -> None:
+    """Check what figures and verdicts rely on.
+
+    Raises:
+        InputError: predictions differ in length, are empty, or hold a score that is not finite or a label other than 0
+            and 1; a claim names a difference that is not in the list.
+    """
+    for name, (labels, scores, groups) in inputs.predictions.items():
+        if not 0 < len(labels) == len(scores) == len(groups):
+            raise InputError(
+                f"predictions of {name} hold {len(labels)} labels, {len(scores)} scores and {len(groups)} groups, "
+                "expected one of each per answer; run jaxsae detect"
+            )
+        n_bad = int(np.sum(~np.isfinite(scores)))
+        if n_bad:
+            raise InputError(f"predictions of {name} hold {n_bad} scores that are not finite; run jaxsae detect")
+        strange = sorted(set(np.unique(labels).tolist()) - {0, 1})
+        if strange:
+            raise InputError(f"predictions of {name} hold label {strange[0]}, expected 0 or 1; run jaxsae detect")
+    for claim in (inputs.pass_difference, inputs.tracks_difference):
+        if claim is not None and tables.named(inputs.differences, claim) is None:
+            there = ", ".join(row["name"] for row in inputs.differences) or "none"
+            raise InputError(f"the report needs the difference {claim!r}, metrics.json has {there}; run jaxsae detect")
+
+
+def document(inputs: ReportInputs, pictures: dict[str, Picture]) -> tuple[Block, ...]:
+    """Return the report's blocks in reading order."""
+    sections = (
+        _summary(inputs),
+        _phases(inputs),
+        _sae(inputs, pictures),
+        _training(pictures),
+        _detection(inputs, pictures),
+        _differences(inputs),
+        _categories(inputs),
+        _counts(inputs),
+        _examples(inputs, pictures),
+        _resources(inputs),
+        _host(inputs),
+        _config(inputs),
+    )
+    return tuple(block for section in sections for block in section)
+
+
+def _absent(stage: str) -> Paragraph:
+    return Paragraph(("not available: run ", Code(f"jaxsae {stage}")))
+
+
+def _summary(inputs: ReportInputs) -> list[Block]:
+    blocks: list[Block] = [
+        Heading("Executive summary"),
+        Verdicts(verdicts.executive_summary(inputs)),
+        Heading("What was run", level=3),
+        Preformatted(inputs.command),
+        Bullets(tuple((sentence,) for sentence in [*verdicts.overview(inputs), f"Report written {inputs.created}."])),
+    ]
+    if inputs.notes:
+        blocks += [Heading("Notes", level=3), Bullets(tuple((note,) for note in inputs.notes))]
+    return blocks
+
+
+def _phases(inputs: ReportInputs) -> list[Block]:
+    body: Block = tables.phase_table(inputs) if inputs.phases else _absent("run")
+    return [Heading("Phases"), body]
+
+
+SAE_MEASURES = (
+    "MSE is the mean squared error of the reconstruction. FVU is Σ‖x − x̂‖² / Σ‖x − x̄‖² with x̄ the mean of the "
+    "data: 0 is perfect, 1 is no better than the mean. PCA FVU is what k principal components leave of the same "
+    "tokens, k being the SAE's. L0 is the number of active latents per token; dead is the share of latents that "
+    "do not fire. ΔCE and KL are what the language model loses, in nats per token, when this layer's residual "
+    "stream is replaced by the SAE's reconstruction; ΔCE zero and ΔCE mean, when it is replaced by zeros or by "
+    "the mean. – was not measured. The last rows are over the layers that have a value; std has ddof 0."
+)
+
+
+def _sae(inputs: ReportInputs, pictures: dict[str, Picture]) -> list[Block]:
+    heading = Heading("Sparse autoencoders")
+    if not inputs.sae:
+        return [heading, _absent("train")]
+    blocks: list[Block] = [heading, tables.sae_table(inputs), Paragraph((SAE_MEASURES,))]
+    blocks += [pictures["sae_layers"]] if "sae_layers" in pictures else []
+    blocks += [Heading("Quality bands", level=3), tables.band_table(inputs)]
+    blocks += [Heading("Early and late layers", level=3)]
+    if len(inputs.sae) < 2:
+        return [*blocks, Paragraph(("One layer only: there is nothing to compare.",))]
+    sentence = verdicts.depth_sentence(inputs)
+    return [*blocks, tables.depth_table(inputs), *([Paragraph((sentence,))] if sentence else [])]
+
+
+def _training(pictures: dict[str, Picture]) -> list[Block]:
+    return [Heading("Training curves"), pictures.get("training", _absent("train"))]
+
+
+def _detection(inputs: ReportInputs, pictures: dict[str, Picture]) -> list[Block]:
+    heading = Heading("Detection of hallucinated answers")
+    if not inputs.detection:
+        return [heading, _absent("detect")]
+    blocks: list[Block] = [heading, tables.detection_table(inputs), Paragraph((DETECTION_MEASURES,))]
+    blocks += [pictures[name] for name in ("auroc",) if name in pictures]
+    blocks += [Heading("Definitions", level=3), tables.definition_table(inputs)]
+    for name, title in (("roc", "ROC"), ("calibration", "Calibration")):
+        blocks += [Heading(title, level=3), pictures.get(name, Paragraph((NO_CURVE,)))]
+    return blocks
+
+
+DETECTION_MEASURES = (
+    "Positive is hallucinated. Intervals are 95%, from a bootstrap over groups, so that answers to one question "
+    "stay together. PR-AUC is to be read against the share hallucinated; Brier and ECE judge the scores as "
+    "probabilities; accuracy, precision, recall and F1 are at a threshold that the training part of each split "
+    "chose."
+)
+NO_CURVE = (
+    "not available: there are no out-of-fold predictions with both classes, or no scores between 0 and 1, for the "
+    "method or the best simple baseline; run jaxsae detect"
+)
+
+
+def _differences(inputs: ReportInputs) -> list[Block]:
+    heading = Heading("Paired differences")
+    if not inputs.differences:
+        return [heading, _absent("detect")]
+    note = (
+        "Differences of AUROC on the same resamples; a claim needs an interval above 0. Marked: what the verdicts "
+        "of the summary rest on."
+    )
+    return [heading, tables.difference_table(inputs), Paragraph((note,))]
+
+
+def _categories(inputs: ReportInputs) -> list[Block]:
+    heading = Heading("Detection by category")
+    if not inputs.by_category:
+        return [heading, _absent("detect")]
+    return [heading, tables.category_table(inputs), Paragraph((CATEGORY_MEASURES,))]
+
+
+CATEGORY_MEASURES = (
+    "Right and hallucinated count the category's answers. Where no kind is given, AUROC is that of the category's "
+    "hallucinated answers against all right answers, and AUROC within, where it is shown, against the right answers of "
+    "the same category."
+)
+
+
+def _counts(inputs: ReportInputs) -> list[Block]:
+    heading = Heading("Sample counts")
+    if not inputs.counts:
+        return [heading, _absent("answer")]
+    counts = inputs.counts
+    sentence = (
+        f"{tables.count(counts.get('rows'))} answers in {tables.count(counts.get('groups'))} groups, "
+        f"{tables.count(counts.get('empty'))} of them empty."
+    )
+    return [heading, Paragraph((sentence,)), tables.count_table(inputs)]
+
+
+def _examples(inputs: ReportInputs, pictures: dict[str, Picture]) -> list[Block]:
+    blocks: list[Block] = [Heading("Tracks of single answers")]
+    if not inputs.examples:
+        return [*blocks, _absent("track")]
+    for number, example in enumerate(inputs.examples, start=1):
+        label = "wrong" if example["label"] else "right"
+        blocks += [
+            Heading(f"Answer {number}: {'hallucinated' if example['label'] else 'right'}", level=3),
+            tables.example_table(example),
+        ]
+        blocks += [pictures.get(f"tracks_{number}_{label}", Paragraph(("This answer has no track.",)))]
+    return blocks
+
+
+def _resources(inputs: ReportInputs) -> list[Block]:
+    blocks: list[Block] = [Heading("Disk and memory")]
+    blocks += (
+        [tables.disk_table(inputs)] if inputs.disk_bytes else [Paragraph(("not available: sizes were not taken",))]
+    )
+    peaks = [row for row in inputs.phases if tables.known(row.get("peak_bytes"))]
+    if peaks:
+        largest = max(peaks, key=lambda row: row["peak_bytes"])
+        text = f"Largest host memory: {tables.byte_size(largest['peak_bytes'])}, in phase {largest['name']}."
+        blocks += [Paragraph((text,))]
+    return blocks
+
+
+def _host(inputs: ReportInputs) -> list[Block]:
+    body: Block = (
+        tables.settings_table(inputs.host, header=("Name", "Value"))
+        if inputs.host
+        else Paragraph(("not available: the host was not recorded",))
+    )
+    return [Heading("Host and versions"), body]
+
+
+def _config(inputs: ReportInputs) -> list[Block]:
+    settings = {"model": inputs.model, "sae": inputs.sae_spec}
+    blocks: list[Block] = [Heading("Configuration")]
+    blocks += (
+        [tables.settings_table(inputs.config, header=("Setting", "Value"))]
+        if inputs.config
+        else [Paragraph(("No setting differs from the defaults.",))]
+    )
+    if inputs.model or inputs.sae_spec:
+        blocks += [Heading("Model and SAEs", level=3), tables.settings_table(settings, header=("Property", "Value"))]
+    return blocks

@@ -1,0 +1,471 @@
+"""What the report is made from, and its tables: numbers to text, one function per table.
+
+`–` stands for a value that was not measured or is not defined (None or NaN). Fractions of variance, AUROC and the like
+are on 0–1; shares print in percent; sizes in powers of 1,024 bytes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsae.report.markup import Code, Inline, Table, clean
+
+Row = Mapping[str, Any]
+ABSENT = "–"
+SUMMARY_WIDTH = 100  # columns of `summary_table`: a terminal beside an editor
+QUALITY_BANDS = (
+    ("excellent", 0.05),
+    ("good", 0.10),
+    ("fair", 0.20),
+    ("poor", math.inf),
+)  # upper FVU; ours, by convention
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportInputs:
+    """Everything a report may say, as the pipeline gathered it; an empty part is reported as not available.
+
+    Attributes:
+        config_name: name of the run's config.
+        command: the command line of the run.
+        created: ISO time that stands on the report.
+        config: settings, flat or nested.
+        host: machine, cpu, cores, memory, device kind, python, versions of packages; flat or nested.
+        model: name, n_layers, d_model, n_vocab, n_parameters.
+        sae_spec: architecture, n_latents, k, tokens (trained on), steps, batch (tokens per step).
+        phases: name, status ("done", "skipped" or "missing"), seconds, output_bytes, peak_bytes (host memory), detail.
+        sae: one row a layer: layer, mse, fvu, pca_fvu (k components, same tokens), l0_train, l0_inference, dead (share
+            of the latents), delta_ce, delta_ce_zero, delta_ce_mean, kl (nats per token), best_step.
+        history: one row per evaluation and layer: step, tokens, layer, fvu, mse, l0, dead, loss.
+        detection: one row a detector: name, definition, n, n_groups, auroc, ci_low, ci_high, pr_auc, base_rate, brier,
+            ece, accuracy, precision, recall, f1.
+        canary: auroc, ci_low, ci_high of noise in place of the features.
+        by_category: detector, category, n_right, n_wrong (of the category), auroc, ci_low, ci_high (its hallucinated
+            answers against all right ones, unless `kind` says otherwise), and, optional, kind, within_auroc,
+            within_ci_low, within_ci_high (against the right ones of the category).
+        differences: paired AUROC differences on the same resamples: name, difference, ci_low, ci_high, definition.
+        counts: rows, groups, right, wrong, empty; by_category: category -> right, wrong.
+        predictions: detector -> (labels, scores, groups), out of fold; a label of 1 is a hallucinated answer.
+        method: name of the detector that the run puts forward.
+        best_baseline: name of the best of {answer length, log-prob family}.
+        pass_difference: name of the row of `differences` that decides whether the method passes.
+        tracks_difference: name of the row of `differences` for (stack with tracks) over (stack without).
+        examples: question, answer, label, expected, score, tracks; a track has birth, death (-1 or None: alive at the
+            end), layers, features, activations.
+        disk_bytes: path -> bytes.
+        notes: sentences about this run.
+    """
+
+    config_name: str
+    command: str
+    created: str
+    config: Row = dataclasses.field(default_factory=dict)
+    host: Row = dataclasses.field(default_factory=dict)
+    model: Row = dataclasses.field(default_factory=dict)
+    sae_spec: Row = dataclasses.field(default_factory=dict)
+    phases: Sequence[Row] = ()
+    sae: Sequence[Row] = ()
+    history: Sequence[Row] = ()
+    detection: Sequence[Row] = ()
+    canary: Row | None = None
+    by_category: Sequence[Row] = ()
+    differences: Sequence[Row] = ()
+    counts: Row = dataclasses.field(default_factory=dict)
+    predictions: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    method: str | None = None
+    best_baseline: str | None = None
+    pass_difference: str | None = None
+    tracks_difference: str | None = None
+    examples: Sequence[Row] = ()
+    disk_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def known(value: Any) -> bool:
+    """Tell whether a value was measured and is defined: neither None nor NaN nor infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: Any, spec: str = ".3f") -> str:
+    """Return a number formatted by `spec`, or `–`."""
+    return format(value, spec) if known(value) else ABSENT
+
+
+def count(value: Any) -> str:
+    """Return an integer with thousands separators, or `–`."""
+    return format(int(value), ",") if known(value) else ABSENT
+
+
+def signed(value: Any) -> str:
+    """Return a difference with its sign and four decimals, or `–`; a rounded zero has a plus."""
+    return format(round(float(value), 4) + 0.0, "+.4f") if known(value) else ABSENT
+
+
+def interval(row: Row, text: Callable[[Any], str] = number) -> str:
+    """Return a row's `ci_low` and `ci_high` as [low, high], or `–`."""
+    low, high = row.get("ci_low"), row.get("ci_high")
+    return f"[{text(low)}, {text(high)}]" if known(low) and known(high) else ABSENT
+
+
+def byte_size(value: Any) -> str:
+    """Return a size such as 1.4 MiB, or `–`."""
+    if not known(value):
+        return ABSENT
+    if value < 1024:
+        return f"{int(value)} B"
+    power = min(int(math.log2(value) // 10), 5)
+    return f"{value / 1024**power:.1f} {' KMGTP'[power]}iB"
+
+
+def duration(seconds: Any) -> str:
+    """Return a time such as 12.3 s, 3 min 05 s or 1 h 02 min, or `–`."""
+    if not known(seconds):
+        return ABSENT
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def quality_band(fvu: Any) -> str | None:
+    """Return the name of the band an FVU falls in, or None if it is not known."""
+    if not known(fvu):
+        return None
+    return next(name for name, limit in QUALITY_BANDS if fvu <= limit)
+
+
+def values(rows: Sequence[Row], key: str) -> list[float]:
+    """Return the known values of one column."""
+    return [float(row[key]) for row in rows if known(row.get(key))]
+
+
+def named(rows: Sequence[Row], name: str | None) -> Row | None:
+    """Return the row with this name, or None."""
+    return next((row for row in rows if row["name"] == name), None)
+
+
+def phase_table(inputs: ReportInputs) -> Table:
+    """Tabulate the phases with their times, sizes and host memory, and the sum of the times and sizes."""
+    rows: list[tuple[Inline, ...]] = [
+        (
+            Code(row["name"]),
+            row["status"] if row["status"] != "missing" else f"missing: run jaxsae {row['name']}",
+            duration(row.get("seconds")),
+            byte_size(row.get("output_bytes")),
+            byte_size(row.get("peak_bytes")),
+            str(row.get("detail") or ""),
+        )
+        for row in inputs.phases
+    ]
+    seconds, sizes = values(inputs.phases, "seconds"), values(inputs.phases, "output_bytes")
+    peaks = values(inputs.phases, "peak_bytes")
+    total = (
+        "all",
+        f"{sum(row['status'] != 'missing' for row in inputs.phases)} of {len(inputs.phases)}",
+        duration(sum(seconds) if seconds else None),
+        byte_size(sum(sizes) if sizes else None),
+        byte_size(max(peaks, default=None)),
+        "sum of times and outputs, largest peak",
+    )
+    header = ("Phase", "Status", "Time", "Output", "Peak host memory", "Detail")
+    return Table(header, (*rows, total), "llrrrl", n_summary=1)
+
+
+SAE_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("mse", "MSE", "#.4g"),
+    ("fvu", "FVU", ".4f"),
+    ("pca_fvu", "PCA FVU", ".4f"),
+    ("l0_train", "L0 train", ".1f"),
+    ("l0_inference", "L0 inference", ".1f"),
+    ("dead", "Dead", ".1%"),
+    ("delta_ce", "ΔCE", ".4f"),
+    ("delta_ce_zero", "ΔCE zero", ".3f"),
+    ("delta_ce_mean", "ΔCE mean", ".3f"),
+    ("kl", "KL", ".4f"),
+)
+STATISTICS: tuple[tuple[str, Callable[[list[float]], Any]], ...] = (
+    ("mean", np.mean),
+    ("median", np.median),
+    ("min", np.min),
+    ("max", np.max),
+    ("std", np.std),
+)
+
+
+def sae_table(inputs: ReportInputs) -> Table:
+    """Tabulate the SAEs layer by layer, then mean, median, min, max and standard deviation (ddof 0) over the layers."""
+    rows = [
+        (
+            str(row["layer"]),
+            *(number(row.get(key), spec) for key, _, spec in SAE_COLUMNS),
+            count(row.get("best_step")),
+            quality_band(row.get("fvu")) or ABSENT,
+        )
+        for row in inputs.sae
+    ]
+    summary = [(name, *_column_statistics(inputs.sae, statistic), "", "") for name, statistic in STATISTICS]
+    header = ("Layer", *(title for _, title, _ in SAE_COLUMNS), "Best step", "Band")
+    return Table(header, (*rows, *summary), "r" * (len(header) - 1) + "l", n_summary=len(summary))
+
+
+def _column_statistics(rows: Sequence[Row], statistic: Callable[[list[float]], Any]) -> list[str]:
+    columns = [(values(rows, key), spec) for key, _, spec in SAE_COLUMNS]
+    return [number(statistic(column), spec) if column else ABSENT for column, spec in columns]
+
+
+def band_table(inputs: ReportInputs) -> Table:
+    """Tabulate how many layers fall in each quality band."""
+    bands = [quality_band(row.get("fvu")) for row in inputs.sae]
+    rows: list[tuple[Inline, ...]] = []
+    lower = 0.0
+    for name, limit in QUALITY_BANDS:
+        meaning = (
+            f"FVU > {lower:g}" if math.isinf(limit) else f"{lower:g} < FVU ≤ {limit:g}" if lower else f"FVU ≤ {limit:g}"
+        )
+        layers = [str(row["layer"]) for row, band in zip(inputs.sae, bands, strict=True) if band == name]
+        rows.append((name, meaning, str(len(layers)), ", ".join(layers)))
+        lower = limit
+    unknown = [str(row["layer"]) for row, band in zip(inputs.sae, bands, strict=True) if band is None]
+    if unknown:
+        rows.append(("not measured", ABSENT, str(len(unknown)), ", ".join(unknown)))
+    return Table(("Band", "Meaning", "Number of layers", "Layers"), tuple(rows), "llrl")
+
+
+def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the early and the late half of the layers; the middle one of an odd number is in neither."""
+    ordered = sorted(rows, key=lambda row: row["layer"])
+    half = len(ordered) // 2
+    return ordered[:half], ordered[len(ordered) - half :]
+
+
+def depth_table(inputs: ReportInputs) -> Table:
+    """Tabulate the mean of each SAE measure over the early and over the late half of the layers."""
+    rows = []
+    for name, half in zip(("early", "late"), halves(inputs.sae), strict=True):
+        layers = f"{name} ({half[0]['layer']}–{half[-1]['layer']})"
+        rows.append((layers, *_column_statistics(half, np.mean)))
+    header = ("Layers", *(title for _, title, _ in SAE_COLUMNS))
+    return Table(header, tuple(rows), "l" + "r" * len(SAE_COLUMNS))
+
+
+DETECTION_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("pr_auc", "PR-AUC", number),
+    ("brier", "Brier", number),
+    ("ece", "ECE", number),
+    ("accuracy", "Accuracy", number),
+    ("precision", "Precision", number),
+    ("recall", "Recall", number),
+    ("f1", "F1", number),
+)
+SAMPLE_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("n", "Answers", count),
+    ("n_groups", "Groups", count),
+    ("base_rate", "Hallucinated", lambda value: number(value, ".1%")),
+)
+
+
+def by_auroc(rows: Sequence[Row]) -> list[Row]:
+    """Return rows by falling AUROC, those without one last."""
+    return sorted(rows, key=lambda row: -row["auroc"] if known(row.get("auroc")) else math.inf)
+
+
+def role(inputs: ReportInputs, name: str) -> str:
+    """Return what part a detector plays in the run's claim: method, best baseline, or nothing."""
+    return "method" if name == inputs.method else "best baseline" if name == inputs.best_baseline else ""
+
+
+def detection_table(inputs: ReportInputs) -> Table:
+    """Tabulate every detector by falling AUROC with its interval; the method's row is marked.
+
+    Sample sizes are columns where detectors differ in them, and a caption where they do not.
+    """
+    ordered = by_auroc(inputs.detection)
+    samples = {tuple(text(row.get(key)) for key, _, text in SAMPLE_COLUMNS) for row in ordered}
+    columns = DETECTION_COLUMNS if len(samples) == 1 else DETECTION_COLUMNS + SAMPLE_COLUMNS
+    rows: tuple[tuple[Inline, ...], ...] = tuple(
+        (
+            Code(row["name"]),
+            role(inputs, row["name"]),
+            number(row.get("auroc")),
+            interval(row),
+            *(text(row.get(key)) for key, _, text in columns),
+        )
+        for row in ordered
+    )
+    header = ("Detector", "Part", "AUROC", "95% interval", *(title for _, title, _ in columns))
+    marked = frozenset(index for index, row in enumerate(ordered) if row["name"] == inputs.method)
+    caption = ""
+    if len(samples) == 1:
+        n, n_groups, base_rate = samples.pop()
+        caption = f"Every row: {n} answers in {n_groups} groups, {base_rate} hallucinated."
+    return Table(header, rows, "ll" + "r" * (len(header) - 2), caption=caption, marked=marked)
+
+
+def definition_table(inputs: ReportInputs) -> Table:
+    """Tabulate what each detector is."""
+    rows = tuple((Code(row["name"]), str(row.get("definition") or ABSENT)) for row in by_auroc(inputs.detection))
+    return Table(("Detector", "Definition"), rows, "ll")
+
+
+def category_table(inputs: ReportInputs) -> Table:
+    """Tabulate the AUROC of each detector on each kind of question; columns that no row has are left out."""
+    has_kind = any(row.get("kind") for row in inputs.by_category)
+    has_within = any("within_auroc" in row for row in inputs.by_category)
+    rows: list[tuple[Inline, ...]] = []
+    for row in inputs.by_category:
+        cells: list[Inline] = [Code(row["detector"]), str(row["category"]) or "(no category)"]
+        cells += [str(row.get("kind") or "")] if has_kind else []
+        cells += [count(row.get("n_right")), count(row.get("n_wrong")), number(row.get("auroc")), interval(row)]
+        if has_within:
+            within = {"ci_low": row.get("within_ci_low"), "ci_high": row.get("within_ci_high")}
+            cells += [number(row.get("within_auroc")), interval(within)]
+        rows.append(tuple(cells))
+    kind = ("Kind",) if has_kind else ()
+    within_header = ("AUROC within", "95% interval") if has_within else ()
+    header = ("Detector", "Category", *kind, "Right", "Hallucinated", "AUROC", "95% interval", *within_header)
+    marked = frozenset(index for index, row in enumerate(inputs.by_category) if row["detector"] == inputs.method)
+    n_left = 2 + len(kind)
+    return Table(header, tuple(rows), "l" * n_left + "r" * (len(header) - n_left), marked=marked)
+
+
+def difference_table(inputs: ReportInputs) -> Table:
+    """Tabulate the paired AUROC differences; those that decide a claim are marked."""
+    rows: tuple[tuple[Inline, ...], ...] = tuple(
+        (
+            str(row["name"]),
+            signed(row.get("difference")),
+            interval(row, signed),
+            side_of_zero(row),
+            str(row.get("definition") or ""),
+        )
+        for row in inputs.differences
+    )
+    deciding = {inputs.pass_difference, inputs.tracks_difference}
+    marked = frozenset(index for index, row in enumerate(inputs.differences) if row["name"] in deciding)
+    header = ("Difference", "AUROC", "95% interval", "Interval", "Definition")
+    return Table(header, rows, "lrrrl", marked=marked)
+
+
+def side_of_zero(row: Row) -> str:
+    """Return whether a difference's interval lies above 0, below 0 or holds 0; `–` without an interval."""
+    low, high = row.get("ci_low"), row.get("ci_high")
+    if not known(low) or not known(high):
+        return ABSENT
+    return "above 0" if float(low or 0.0) > 0 else "below 0" if float(high or 0.0) < 0 else "holds 0"
+
+
+def count_table(inputs: ReportInputs) -> Table:
+    """Tabulate right and hallucinated answers by category, and all of them."""
+    categories: Mapping[str, Row] = inputs.counts.get("by_category") or {}
+    rows = [_count_row(name or "(no category)", row) for name, row in categories.items()]
+    rows.append(_count_row("all", inputs.counts))
+    header = ("Category", "Right", "Hallucinated", "Answers", "Hallucinated share")
+    return Table(header, tuple(rows), "lrrrr", n_summary=1)
+
+
+def _count_row(name: str, row: Row) -> tuple[str, ...]:
+    right, wrong = row.get("right"), row.get("wrong")
+    total = None if right is None or wrong is None else right + wrong
+    share = wrong / total if total else None
+    return name, count(right), count(wrong), count(total), number(share, ".1%")
+
+
+def disk_table(inputs: ReportInputs) -> Table:
+    """Tabulate what lies in the workdir, largest first."""
+    ordered = sorted(inputs.disk_bytes.items(), key=lambda item: (-item[1], item[0]))
+    rows: list[tuple[Inline, ...]] = [(Code(path), byte_size(size)) for path, size in ordered]
+    total = ("all", byte_size(sum(inputs.disk_bytes.values())))
+    return Table(("Path", "Size"), (*rows, total), "lr", n_summary=1)
+
+
+def settings_table(settings: Row, *, header: tuple[str, str]) -> Table:
+    """Tabulate a nested mapping, one leaf a row, its path joined with dots."""
+    rows = tuple((Code(name), Code(_setting(value))) for name, value in _leaves(settings))
+    return Table(header, rows, "ll")
+
+
+def _leaves(settings: Row, prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return leaves
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) and value else repr(value)
+
+
+def example_table(example: Row) -> Table:
+    """Tabulate one answer: what was asked, said and expected, its label and its score."""
+    expected = example.get("expected")
+    expected = expected if isinstance(expected, str) else " / ".join(map(str, expected or ()))
+    rows = (
+        ("Question", clip(example["question"])),
+        ("Answer", clip(example["answer"]) if example["answer"].strip() else "(empty)"),
+        ("Expected", clip(expected) or ABSENT),
+        ("Label", "hallucinated" if example["label"] else "right"),
+        ("Score", number(example.get("score"))),
+        ("Tracks", count(len(example["tracks"]))),
+    )
+    return Table(("Field", "Text"), rows, "ll")
+
+
+def clip(text: str, n_characters: int = 600) -> str:
+    """Return text cut after `n_characters`, saying how long it was."""
+    return text if len(text) <= n_characters else f"{text[:n_characters]} … ({len(text):,} characters in all)"
+
+
+def summary_table(inputs: ReportInputs) -> str:
+    """Return the results as plain text, at most 100 columns: the SAEs by layer, the detectors with their intervals."""
+    return "\n".join(_cut(line).rstrip() for line in [*_sae_lines(inputs), "", *_detection_lines(inputs)])
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= SUMMARY_WIDTH else line[: SUMMARY_WIDTH - 1] + "…"
+
+
+def _sae_lines(inputs: ReportInputs) -> list[str]:
+    if not inputs.sae:
+        return ["Sparse autoencoders: not available: run jaxsae train"]
+    keys = ("fvu", "pca_fvu", "mse", "l0_train", "l0_inference", "dead", "delta_ce")
+    columns = [column for column in SAE_COLUMNS if column[0] in keys]
+    rows = [[str(row["layer"]), *(number(row.get(key), spec) for key, _, spec in columns)] for row in inputs.sae]
+    means = [(values(inputs.sae, key), spec) for key, _, spec in columns]
+    rows.append(["mean", *(number(np.mean(column), spec) if column else ABSENT for column, spec in means)])
+    header = ["layer", *(title for _, title, _ in columns)]
+    return ["Sparse autoencoders", *_plain([header, *rows], left=0)]
+
+
+def _detection_lines(inputs: ReportInputs) -> list[str]:
+    if not inputs.detection:
+        return ["Detection of hallucinated answers: not available: run jaxsae detect"]
+    header = ["detector", "", "AUROC", "95% interval", "PR-AUC", "Brier", "F1"]
+    rows = [
+        [clean(row["name"])[:34], role(inputs, row["name"]), number(row.get("auroc")), interval(row)]
+        + [number(row.get(key)) for key in ("pr_auc", "brier", "f1")]
+        for row in by_auroc(inputs.detection)
+    ]
+    if inputs.canary is not None:
+        rows.append(["noise canary", "", number(inputs.canary.get("auroc")), interval(inputs.canary), "", "", ""])
+    lines = ["Detection of hallucinated answers", *_plain([header, *rows], left=2)]
+    for name in (inputs.pass_difference, inputs.tracks_difference):
+        row = named(inputs.differences, name)
+        if row is not None:
+            change = f"{signed(row.get('difference'))} {interval(row, signed)}"
+            lines.append(f"  {clean(row['name'])}: {change}, {side_of_zero(row)}")
+    return lines
+
+
+def _plain(rows: list[list[str]], *, left: int) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(_pad(cell, width, i < left) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def _pad(cell: str, width: int, is_left: bool) -> str:
+    return cell.ljust(width) if is_left else cell.rjust(width)
