@@ -1,0 +1,12 @@
+"""Language models that give out their residual streams.
+
+In: a model folder in Hugging Face's layout (or a package's, or a Hub name) and token ids. Out: the residual stream
+after every block, logits, logits from a replaced residual stream, greedy answers with their log-probabilities. Not
+done here: batching a corpus, storing activations, labelling answers.
+"""
+
+from jaxsae.models import generate, gpt2, weights
+from jaxsae.models.generate import Generation
+from jaxsae.models.language_model import LanguageModel, load
+
+__all__ = ["Generation", "LanguageModel", "generate", "gpt2", "load", "weights"]

@@ -1,0 +1,163 @@
+"""What a loaded model checks at its door, and the tokenizer that comes with it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxsae import models
+from jaxsae.artifacts import InputError
+from jaxsae.models import gpt2
+
+TOKEN_IDS = np.random.default_rng(0).integers(0, 37, (2, 11))
+
+
+@pytest.fixture
+def lm(write_model):
+    return models.load(write_model()[0])
+
+
+def test_sizes__come_from_the_config(lm):
+    assert (lm.n_layers, lm.d_model, lm.n_vocab, lm.n_positions) == (3, 24, 37, 19)
+    assert lm.family is gpt2
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [(50256, None), (36, 36), (37, None), (-1, None), (None, None), (0, 0), ((50256, 7, 9), 7)],
+)
+def test_special_ids__outside_the_vocabulary_count_as_absent(write_model, written, expected):
+    bos = written if not isinstance(written, tuple) else written[1]
+    lm = models.load(write_model(eos_token_id=written, bos_token_id=bos)[0])
+    assert (lm.eos_id, lm.bos_id) == (expected, expected)
+
+
+def test_methods__agree_with_each_other(lm):
+    resid, logits = lm.residuals_and_logits(TOKEN_IDS)
+    np.testing.assert_allclose(lm.residuals(TOKEN_IDS), resid, atol=1e-5)
+    np.testing.assert_allclose(lm.logits(TOKEN_IDS), logits, atol=1e-5)
+    for layer in (0, np.int64(1), jnp.int32(2)):
+        np.testing.assert_allclose(lm.logits_from(layer, resid[int(layer)]), logits, atol=2e-5)
+    np.testing.assert_allclose(lm.logits_from(1, np.asarray(resid[1])), logits, atol=2e-5)
+
+
+def test_methods__take_any_integers_of_numpy_or_jax_and_work_inside_jit(lm):
+    expected = lm.logits(TOKEN_IDS)
+    for dtype in (np.int32, np.uint8, np.int64):
+        np.testing.assert_array_equal(lm.logits(TOKEN_IDS.astype(dtype)), expected)
+    np.testing.assert_array_equal(lm.logits(jnp.asarray(TOKEN_IDS)), expected)
+    np.testing.assert_allclose(jax.jit(lm.logits)(TOKEN_IDS), expected, atol=1e-6)
+    resid = lm.residuals(TOKEN_IDS)
+    np.testing.assert_allclose(jax.jit(lm.logits_from)(1, resid[1]), expected, atol=2e-5)
+
+
+def test_methods__one_text_equals_the_same_text_in_a_batch(lm):
+    together = lm.residuals(TOKEN_IDS)
+    np.testing.assert_allclose(lm.residuals(TOKEN_IDS[1:]), together[:, 1:], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        (np.array([[1, 37]]), "token id 37 is outside the vocabulary of .*, 0 to 36"),
+        (np.array([[1, -2]]), "token id -2 is outside the vocabulary"),
+        (np.array([[2**40, 1]]), "token id 1099511627776 is outside the vocabulary"),
+        (jnp.array([[1, 37]]), "token id 37 is outside"),
+        (np.zeros((2, 20), int), "a text of 20 tokens is longer than the context of .*, 19"),
+        (np.zeros((0, 5), int), r"token ids have shape \[0, 5\]"),
+        (np.zeros((2, 0), int), r"token ids have shape \[2, 0\]"),
+        (np.zeros(3, int), r"token ids have shape \[3\], expected \[B, T\]"),
+        (np.zeros((1, 2, 3), int), r"token ids have shape \[1, 2, 3\]"),
+        (np.array([[1.0, 2.0]]), "token ids have dtype float64, expected integers"),
+        (np.array([[True]]), "token ids have dtype bool, expected integers"),
+        (np.array([["a"]]), "token ids have dtype <U1, expected integers"),
+    ],
+    ids=str,
+)
+def test_methods__name_the_token_ids_they_cannot_take(lm, token_ids, message):
+    for method in (lm.residuals, lm.logits, lm.residuals_and_logits):
+        with pytest.raises(InputError, match=message):
+            method(token_ids)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_logits_from__refuses_a_layer_the_model_does_not_have(lm, layer):
+    with pytest.raises(InputError, match=f"layer is {layer}, but .* has layers 0 to 2"):
+        lm.logits_from(layer, jnp.zeros((2, 5, 24)))
+
+
+def test_logits_from__refuses_a_residual_of_another_width(lm):
+    with pytest.raises(InputError, match=r"resid has shape \[2, 5, 23\], .* asks for \[B, T, 24\]"):
+        lm.logits_from(0, jnp.zeros((2, 5, 23)))
+
+
+def test_tokenizer__of_a_folder_reads_and_writes_text(write_model, train_tokenizer):
+    folder, _ = write_model(vocab_size=300)
+    exact = train_tokenizer(folder, 270)
+    tokenizer = models.load(folder).tokenizer
+    text = "Hello world. The dog ran.\nÄh?"
+    assert tokenizer.encode(text) == exact.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_token_id == exact.token_to_id("<|endoftext|>") == 0
+
+
+def test_tokenizer__vocab_and_merges_are_enough(tmp_path, write_model, train_tokenizer):
+    folder, _ = write_model(vocab_size=300)
+    exact = train_tokenizer(tmp_path / "elsewhere", 270)
+    exact.model.save(str(folder))
+    assert not (folder / "tokenizer.json").exists()
+    tokenizer = models.load(folder).tokenizer
+    assert tokenizer.encode("Hello world. The cat") == exact.encode("Hello world. The cat").ids
+
+
+@pytest.mark.parametrize("special", [(), ("<|endoftext|>",)])
+def test_tokenizer__a_file_with_no_end_of_text_token_gets_none_invented(write_model, train_tokenizer, special):
+    folder, _ = write_model(vocab_size=270)
+    train_tokenizer(folder, 270, special)
+    tokenizer = models.load(folder).tokenizer
+    assert len(tokenizer) == 270
+    assert tokenizer.eos_token_id == (0 if special else None)
+
+
+def test_tokenizer__that_is_no_bpe_is_followed_to_the_letter(write_model):
+    folder, _ = write_model()
+    words = tokenizers.models.WordLevel({"the": 0, "cat": 1, "sat": 2, "[UNK]": 3}, unk_token="[UNK]")
+    exact = tokenizers.Tokenizer(words)
+    exact.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    exact.save(str(folder / "tokenizer.json"))
+    assert models.load(folder).tokenizer.encode("the cat sat down") == [0, 1, 2, 3]
+
+
+def test_tokenizer__with_ids_beyond_the_vocabulary_does_not_fit(write_model, train_tokenizer):
+    folder, _ = write_model(vocab_size=269)
+    train_tokenizer(folder, 270)
+    with pytest.raises(InputError, match="tokenizer does not fit: its largest id is 269, the model's 268"):
+        models.load(folder)
+
+
+def test_tokenizer__that_encodes_everything_to_nothing_does_not_fit(write_model):
+    folder, _ = write_model()
+    exact = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"qqq": 0}, merges=[]))
+    exact.save(str(folder / "tokenizer.json"))
+    with pytest.raises(InputError, match="tokenizer does not fit: it encodes every text to no token"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"model": {"type": "X"}})])
+def test_tokenizer__a_damaged_file_is_one_line(write_model, text):
+    folder, _ = write_model()
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match="the tokenizer cannot be read") as caught:
+        models.load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint__follows_the_tokenizer(write_model, train_tokenizer):
+    folder, _ = write_model(vocab_size=300)
+    without = models.load(folder).fingerprint
+    train_tokenizer(folder, 270)
+    assert models.load(folder).fingerprint != without
