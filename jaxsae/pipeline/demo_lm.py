@@ -8,7 +8,9 @@ HEADER
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jaxsae import artifacts, models
-from jaxsae.artifacts import Question
+from jaxsae.artifacts import InputError, Question
 from jaxsae.data import format_prompt, is_hallucinated, pack, read_questions, world, write_questions
 from jaxsae.models import gpt2
 from jaxsae.progress import Progress, human_bytes, human_seconds
@@ -39,6 +41,7 @@ SEED = 0  # of the world and of the training
 
 _BOS = "<|endoftext|>"  # GPT-2's, which is BOS and EOS in one
 _MAX_NEW_TOKENS = 8  # the longest value has two tokens
+_ROWS = 256  # of one forward pass when the answers are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +53,10 @@ class Recipe:
     n_head: int = 4
     context: int = 64
     batch: int = 16  # contexts a step
-    n_steps: int = 2500
+    n_steps: int = 2600
     n_warmup: int = 100
-    lr: float = 3e-3
+    initializer_range: float = 0.08  # about 1/sqrt(D); at GPT-2's 0.02 learning starts later
+    lr: float = 4e-3
     weight_decay: float = 0.01
 
 
@@ -69,6 +73,7 @@ def train(out: Path, made: world.World, recipe: Recipe, *, seed: int) -> None:
         n_embd=recipe.n_embd,
         n_layer=recipe.n_layer,
         n_head=recipe.n_head,
+        initializer_range=recipe.initializer_range,
         bos_token_id=bos_id,
         eos_token_id=bos_id,
     )
@@ -168,14 +173,15 @@ class Survey:
     Attributes:
         is_wrong: whether the greedy answer is hallucinated.
         first: the probability of the most probable first token.
-        resid: the residual stream at the last prompt token.
+        resid: the residual stream at the last token of the prompt and at the last one of the answer, in this order;
+            where the answer is empty, twice that of the prompt.
     """
 
     questions: tuple[Question, ...]
     answers: tuple[str, ...]
     is_wrong: Bool[np.ndarray, " N"]
     first: Float[np.ndarray, " N"]
-    resid: Float[np.ndarray, "N L D"]
+    resid: Float[np.ndarray, "N 2 L D"]
 
 
 def ask(lm: models.LanguageModel, questions: Sequence[Question]) -> Survey:
@@ -188,14 +194,19 @@ def ask(lm: models.LanguageModel, questions: Sequence[Question]) -> Survey:
     generations = lm.generate(prompts, max_new_tokens=_MAX_NEW_TOKENS, stop_ids=stop_ids)
     answers = tuple(lm.tokenizer.decode(generation.answer_ids).strip() for generation in generations)
     wrong = [is_hallucinated(answer, q.answers) for answer, q in zip(answers, questions, strict=True)]
-    resid = np.empty((len(prompts), lm.n_layers, lm.d_model), np.float32)
-    first = np.empty(len(prompts), np.float32)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    for length in np.unique(lengths):
-        for rows in np.split(np.flatnonzero(lengths == length), range(256, (lengths == length).sum(), 256)):
-            streams, logits = lm.residuals_and_logits(np.array([prompts[row] for row in rows]))
-            resid[rows] = np.asarray(streams[:, :, -1]).transpose(1, 0, 2)
-            first[rows] = np.asarray(jax.nn.softmax(logits[:, -1]).max(-1))
+    texts = [[*prompt, *generation.answer_ids] for prompt, generation in zip(prompts, generations, strict=True)]
+    ends = np.array([[len(prompt) - 1, len(text) - 1] for prompt, text in zip(prompts, texts, strict=True)])
+    resid = np.empty((len(texts), 2, lm.n_layers, lm.d_model), np.float32)
+    first = np.empty(len(texts), np.float32)
+    for start in range(0, len(texts), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(texts)))
+        ids = np.zeros((_ROWS, max(map(len, texts))), np.int32)  # padding on the right changes nothing before it
+        for row, text in zip(ids, texts[rows], strict=False):
+            row[: len(text)] = text
+        streams, logits = (np.asarray(array) for array in lm.residuals_and_logits(ids))
+        n = len(texts[rows])
+        resid[rows] = streams[:, np.arange(n)[:, None], ends[rows]].transpose(1, 2, 0, 3)
+        first[rows] = np.asarray(jax.nn.softmax(logits[np.arange(n), ends[rows, 0]]).max(-1))
     return Survey(tuple(questions), answers, np.array(wrong), first, resid)
 
 
@@ -240,32 +251,40 @@ def _describe_detectors(survey: Survey) -> list[str]:
     def row(name: str, scores: Any) -> str:
         scores = np.asarray(scores, np.float64)
         parts = [roc_auc_score(wrong[rows], scores[rows]) for rows in (..., in_misconceptions, in_guesses)]
-        return f"{name:<34} {parts[0]:5.3f} {parts[1]:14.3f} {parts[2]:8.3f}"
+        return f"{name:<36} {parts[0]:5.3f} {parts[1]:14.3f} {parts[2]:8.3f}"
 
     lines = [
-        f"{'AUROC, grouped out of fold':<34} {'all':>5} {'misconceptions':>14} {'guesses':>8}",
+        f"{'AUROC, grouped out of fold':<36} {'all':>5} {'misconceptions':>14} {'guesses':>8}",
         row("question only, TF-IDF 1-2 words", cross_validate(make_text_classifier(), [q.question for q in questions])),
         row("answer only, TF-IDF 1-2 words", cross_validate(make_text_classifier(), list(survey.answers))),
         row("answer length, words", [len(answer.split()) for answer in survey.answers]),
         row("answer length, characters", [len(answer) for answer in survey.answers]),
         row("1 - p(first token)", doubt),
     ]
-    for layer in range(survey.resid.shape[1]):
+    for position, layer in itertools.product(range(2), range(survey.resid.shape[2])):
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
-        lines.append(row(f"residual probe, layer {layer}", cross_validate(probe, survey.resid[:, layer])))
+        name = f"residual, last {('prompt', 'answer')[position]} token, layer {layer}"
+        lines.append(row(name, cross_validate(probe, survey.resid[:, position, layer])))
     return lines
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Train, then load what was written like any other model, and print what it knows."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"expected flags only, got {' '.join(arguments[1:])}")
+def main(arguments: Sequence[str]) -> int:
+    """Train, then load what was written like any other model, and print what it knows; return the exit code."""
+    logging.set_verbosity(logging.INFO)
     out, started = Path(flags.FLAGS.out), time.monotonic()
-    if not flags.FLAGS.only_measure:
-        train(out, world.generate(flags.FLAGS.seed), Recipe(), seed=flags.FLAGS.seed)
-        print(f"trained in {human_seconds(time.monotonic() - started)}, seed {flags.FLAGS.seed}")
+    try:
+        if len(arguments) > 1:
+            raise InputError(f"expected flags only, got {' '.join(arguments[1:])}; see --help")
+        if not flags.FLAGS.only_measure:
+            train(out, world.generate(flags.FLAGS.seed), Recipe(), seed=flags.FLAGS.seed)
+            print(f"trained in {human_seconds(time.monotonic() - started)}, seed {flags.FLAGS.seed}")
+        survey = ask(models.load(out), read_questions(out / "questions.jsonl"))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
     print(f"{out}: {human_bytes(sum(path.stat().st_size for path in out.iterdir()))}")
-    print(describe(ask(models.load(out), read_questions(out / "questions.jsonl"))))
+    print(describe(survey))
+    return 0
 
 
 if __name__ == "__main__":
