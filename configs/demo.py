@@ -22,8 +22,8 @@ def get_config():
     config.sae.dead_tokens = 100_000
 
     config.train.batch = 1024
-    config.train.n_tokens = 750_000
-    config.train.lr = 1e-3
+    config.train.n_tokens = 700_000
+    config.train.lr = 6e-3
     config.train.evaluate_every = 100
     config.train.checkpoint_every = 200
     config.train.evaluate_tokens = 16_384
@@ -31,7 +31,7 @@ def get_config():
     config.questions.path = "package://jaxsae/assets/demo_gpt2/questions.jsonl"
     config.questions.prompt = "{question}"
     config.questions.stop = (".",)
-    config.questions.max_new_tokens = 4
+    config.questions.max_new_tokens = 8
     config.questions.batch = 256
 
     config.features.keep = 8

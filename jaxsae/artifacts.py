@@ -14,11 +14,13 @@ The axis letters of the whole code base:
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
+import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from jaxtyping import Float, Int
 from jaxsae import __version__
 
 FORMAT_VERSION = 1
+PACKAGE_SCHEME = "package://"
 RESID_POSITIONS = ("last_prompt", "last_answer", "answer_mean")
 OVERFLOW_BYTES = 2 * 10**9  # a `resid` larger than this lies in a tensorstore beside features.npz
 
@@ -50,6 +53,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails, as on a full disk, names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -96,15 +102,18 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
             file.write(json.dumps({**_versions(), **row}, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | os.PathLike, *, rebuild: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for each non-empty line of a JSONL file; no version is asked for.
+
+    Args:
+        rebuild: what the user can do to get the file again, where the project made it.
 
     Raises:
         InputError: the file is missing, or a line is not UTF-8 or not a JSON object; it names the line.
     """
-    path = Path(path)
+    path, way_out = Path(path), f"; {rebuild}" if rebuild else ""
     if not path.is_file():
-        raise InputError(f"{path} is missing or not a file")
+        raise InputError(f"{path} is missing or not a file{way_out}")
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -112,9 +121,9 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line.decode("utf-8"))
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise InputError(f"{path} line {number} is not readable JSON: {error}") from None
+                raise InputError(f"{path} line {number} is not readable JSON: {error}{way_out}") from None
             if not isinstance(row, dict):
-                raise InputError(f"{path} line {number} holds a JSON {type(row).__name__}, expected an object")
+                raise InputError(f"{path} line {number} holds a JSON {type(row).__name__}, expected an object{way_out}")
             yield number, row
 
 
@@ -124,11 +133,14 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None
         np.savez(file, allow_pickle=False, **{name: np.asarray(x) for name, x in (_versions() | dict(arrays)).items()})
 
 
-def read_npz(path: str | os.PathLike, *, rebuild: str) -> dict[str, np.ndarray]:
+def read_npz(path: str | os.PathLike, *, rebuild: str, required: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Read every array of a .npz; the zip's CRC of each member is checked.
 
+    Args:
+        required: arrays that must be there; damage to the table of contents can hide some.
+
     Raises:
-        InputError: the file is missing, damaged (the member is named) or of another format version.
+        InputError: the file is missing, damaged (the member is named), lacks an array or is of another format version.
     """
     path = Path(path)
     arrays: dict[str, np.ndarray] = {}
@@ -139,12 +151,39 @@ def read_npz(path: str | os.PathLike, *, rebuild: str) -> dict[str, np.ndarray]:
                 arrays[name] = archive[name]
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {rebuild}") from None
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError, OSError, EOFError, KeyError) as error:
         raise InputError(f"{path} is damaged at {name} ({error}); {rebuild}") from None
     version = arrays.pop("format_version", None)
     arrays.pop("code_version", None)
     _check_version(None if version is None else version.item(), path, rebuild)
+    missing = [name for name in required if name not in arrays]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; {rebuild}")
     return arrays
+
+
+def resolve_path(text: str | os.PathLike) -> Path:
+    """Return a path, where "package://PACKAGE/PATH" stands for a file or folder inside an installed package.
+
+    The package is looked up without running its code.
+
+    Raises:
+        InputError: the package is not installed as a folder, lacks that path, or the path leads out of it.
+    """
+    text = os.fspath(text)
+    if not text.startswith(PACKAGE_SCHEME):
+        return Path(text).expanduser()
+    package, _, inside = text.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec is not None else []
+    if not any(root.is_dir() for root in roots):
+        raise InputError(f"{text}: no package {package!r} is installed here as a folder; install it, or give a path")
+    if ".." in Path(inside).parts or Path(inside).is_absolute():
+        raise InputError(f"{text}: the path {inside!r} leaves the package; it must stay inside")
+    for path in (root / inside for root in roots):
+        if path.exists():
+            return path
+    raise InputError(f"{text}: package {package} has no {inside!r} (looked in {roots[0]})")
 
 
 def sha256_file(path: str | os.PathLike) -> str:
@@ -218,7 +257,7 @@ def read_answers(path: str | os.PathLike) -> list[Answer]:
         raise InputError(f"{path} is missing; {rebuild}")
     names = [field.name for field in dataclasses.fields(Answer)]
     answers, seen = [], set()
-    for number, row in read_jsonl(path):
+    for number, row in read_jsonl(path, rebuild=rebuild):
         _check_version(row.get("format_version"), Path(path), rebuild)
         missing = [name for name in names if name not in row]
         if missing:
@@ -296,20 +335,17 @@ def read_features(path: str | os.PathLike) -> Features:
         InputError: a file is missing or damaged, or the arrays do not fit each other.
     """
     path, rebuild = Path(path), "run jaxsae track"
-    arrays = read_npz(path, rebuild=rebuild)
+    names = [field.name for field in dataclasses.fields(Features)]
+    arrays = read_npz(path, rebuild=rebuild, required=[name for name in names if name != "resid"])
     if "resid" not in arrays:
-        arrays["resid"] = _read_overflow(_overflow_path(path), rebuild)
-    missing = [field.name for field in dataclasses.fields(Features) if field.name not in arrays]
-    if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}; {rebuild}")
-    fields: dict[str, Any] = {field.name: arrays[field.name] for field in dataclasses.fields(Features)}
-    fields |= {name: tuple(arrays[name].tolist()) for name in ("ids", "positions")}
-    features = Features(**fields)
-    n = len(features.ids)
+        arrays["resid"] = _read_overflow(_overflow_path(path), f"{rebuild} --redo")
+    n = len(arrays["ids"])
     for name in ("feature_ids", "activations", "resid", "recon_error"):
-        if getattr(features, name).shape[0] != n:
-            raise InputError(f"{path} holds {n} ids but {getattr(features, name).shape[0]} rows of {name}; {rebuild}")
-    return features
+        if len(arrays[name]) != n:
+            raise InputError(f"{path} holds {n} ids but {len(arrays[name])} rows of {name}; {rebuild}")
+    fields: dict[str, Any] = {name: arrays[name] for name in names}
+    fields |= {name: tuple(arrays[name].tolist()) for name in ("ids", "positions")}
+    return Features(**fields)
 
 
 def _overflow_path(path: Path) -> Path:
@@ -331,7 +367,13 @@ def _write_overflow(path: Path, resid: Float[np.ndarray, "N L 3 D"]) -> None:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [256, *resid.shape[1:]]}},
     }
     spec = _overflow_spec(path) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
-    ts.open(spec, create=True, delete_existing=True).result().write(resid).result()
+    try:
+        ts.open(spec, create=True, delete_existing=True).result().write(resid).result()
+    except ValueError as error:  # tensorstore raises nothing else; the system's error number is in the text
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def _read_overflow(path: Path, rebuild: str) -> Float[np.ndarray, "N L 3 D"]:

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 bad input, in one line on stderr; 130 or 143 interrupted, and the same command goes on.
 """
 
+import errno
 import logging as standard_logging
 import os
 import shlex
@@ -27,6 +28,7 @@ _SECTIONS = {
     "detect": ("detection", "seed"),
     "evaluate": ("report",),
 }
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _USAGE = "jaxsae COMMAND --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]"
 _FLAGS = """\
   --config=FILE                 the run's settings; configs/ holds those that are shipped
@@ -56,6 +58,10 @@ def run(argv: list[str]) -> int:
         return _command(argv)
     except InputError as error:
         return _fail(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        return _fail(f"{error}; what was finished before is whole: free some space and run the same command again")
     except Interruption as interruption:
         print("jaxsae: interrupted; the same command goes on from here", file=sys.stderr)
         return interruption.exit_code
@@ -97,7 +103,7 @@ def _command(argv: list[str]) -> int:
         raise InputError(f"one command at a time, got {' '.join(rest[1:])}; flags are written --name=value")
     if flag_values.config is None:
         raise InputError(f"--config is missing; {_USAGE}")
-    if flag_values.workdir is None:
+    if not flag_values.workdir:
         raise InputError("--workdir is missing; it has no default, name a folder for the run's files")
     config = settings.resolve(flag_values.config)
     flags.FLAGS.mark_as_parsed()
@@ -130,7 +136,10 @@ def _dry_run(command: str, config, workdir: Path, config_name: str, command_line
 
 
 def _set_up_logging(absl_logging, verbosity: int) -> None:
-    """Log to stderr, a line an event; of other libraries only warnings, and of Orbax, which makes many, only errors."""
+    """Log to stderr, a line an event; of other libraries only warnings, and of Orbax, which makes many, only errors.
+
+    Orbax's threads and asyncio tasks log, with tracebacks, what Orbax raises and the command line says in one line.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(verbosity)
@@ -141,8 +150,10 @@ def _set_up_logging(absl_logging, verbosity: int) -> None:
 
 
 def _is_telling(record: standard_logging.LogRecord) -> bool:
+    if record.name == "asyncio":
+        return False
     if "orbax" in record.pathname:
-        return record.levelno >= standard_logging.ERROR
+        return record.levelno >= standard_logging.ERROR and not record.exc_info
     return record.name == "absl" or record.levelno >= standard_logging.WARNING
 
 

@@ -195,6 +195,7 @@ SECTIONS: dict[str, type] = {
     if isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
 }
 
+_POSITIONS = ("last_prompt", "first_answer", "last_answer", "answer_mean", "answer_max", "answer_tokens")
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "activations.source": ("store",),
@@ -239,13 +240,17 @@ _AT_LEAST = {
     "features.keep": 1,
     "tracking.top_k": 1,
     "tracking.max_missed_layers": 0,
-    "detection.folds": 2,
+    "detection.folds": 3,
     "detection.repeats": 1,
     "detection.bootstrap": 100,
     "seed": 0,
 }
 
 
+_FIELDS = (
+    *(f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)),
+    "seed",
+)
 _OPTIONAL = tuple(
     f"{name}.{field.name}"
     for name, section in SECTIONS.items()
@@ -288,9 +293,9 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         positional = flag_values(rest)
         for arg in unset:
             _unset(flag_values["config"].value, arg.lstrip("-").removeprefix("config.").removesuffix("=none"))
-    except AttributeError as error:
+    except (AttributeError, KeyError, ImportError, NameError) as error:
         raise _unknown_field(argv, error) from None
-    except (flags.Error, OSError, TypeError, ValueError, KeyError, SyntaxError) as error:
+    except (flags.Error, OSError, TypeError, ValueError, SyntaxError) as error:
         raise InputError(_one_line(error)) from None
     return positional
 
@@ -307,18 +312,19 @@ def _unset(config: ml_collections.ConfigDict, name: str) -> None:
     config[section][field] = None
 
 
-def resolve(config: ml_collections.ConfigDict) -> RunConfig:
-    """Check a ConfigDict and freeze it.
+def resolve(config: Any) -> RunConfig:
+    """Check what a config file's `get_config` returned, a ConfigDict, and freeze it.
 
     Raises:
         InputError: it lacks or adds a field, or a value is out of range; the message names field and value.
     """
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"get_config() returned {type(config).__name__}, expected jaxsae.config.defaults(), changed")
-    sections: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
-        settings = dict(config[name].items()) if name in config else {}
-        sections[name] = section(**{key: _plain(setting) for key, setting in settings.items()})
+    _check_fields(config)
+    sections: dict[str, Any] = {
+        name: section(**{key: _plain(setting) for key, setting in config[name].items()})
+        for name, section in SECTIONS.items()
+    }
     resolved = RunConfig(**sections, seed=config.seed)
     _check(resolved)
     return resolved
@@ -333,7 +339,7 @@ def describe(*sections: str) -> str:
             continue
         lines.append(f"{name}: {(SECTIONS[name].__doc__ or '').strip()}")
         for field in dataclasses.fields(SECTIONS[name]):
-            default = "unset" if field.default is None else field.default
+            default = "unset" if field.default is None else str(field.default).replace("\n", r"\n")
             lines.append(f"  --config.{name}.{field.name} ({default}): {field.metadata['doc']}")
     return "\n".join(lines)
 
@@ -342,16 +348,30 @@ def _plain(setting: Any) -> Any:
     return tuple(setting) if isinstance(setting, (list, tuple)) else setting
 
 
-def _unknown_field(argv: Sequence[str], error: AttributeError) -> InputError:
+def _unknown_field(argv: Sequence[str], error: Exception) -> InputError:
     """Name the first overridden field that does not exist, and the nearest one that does."""
-    known = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
-    known.append("seed")
     for arg in argv:
         asked = arg.split("=", 1)[0].lstrip("-").removeprefix("config.")
-        if arg.lstrip("-").startswith("config.") and asked not in known:
-            nearest = difflib.get_close_matches(asked, known, n=1, cutoff=0.0)[0]
-            return InputError(f"--config.{asked} is no setting; the nearest is --config.{nearest}")
+        if arg.lstrip("-").startswith("config.") and asked not in _FIELDS:
+            return InputError(f"--config.{asked} is no setting; the nearest is --config.{_nearest(asked)}")
     return InputError(f"the config file cannot be read: {_one_line(error)}")
+
+
+def _nearest(asked: str) -> str:
+    return difflib.get_close_matches(asked, _FIELDS, n=1, cutoff=0.0)[0]
+
+
+def _check_fields(config: ml_collections.ConfigDict) -> None:
+    """Compare the fields' names with the typed ones; a ConfigDict itself takes any name."""
+    found = {
+        f"{name}.{field}" if isinstance(section, ml_collections.ConfigDict) else name
+        for name, section in config.items()
+        for field in (section if isinstance(section, ml_collections.ConfigDict) else [""])
+    }
+    for name in sorted(found - set(_FIELDS)):
+        raise InputError(f"get_config() sets {name}, which is no setting; the nearest is {_nearest(name)}")
+    for name in sorted(set(_FIELDS) - found):
+        raise InputError(f"get_config() returned settings without {name}; start from jaxsae.config.defaults()")
 
 
 def _one_line(error: Exception) -> str:
@@ -378,6 +398,11 @@ def _check(config: RunConfig) -> None:
         raise InputError(
             f"tracking.top_k is {config.tracking.top_k} but features.keep is {config.features.keep}; "
             "keep at least as many latents as are tracked"
+        )
+    unknown = [name for name in config.features.positions if name not in _POSITIONS]
+    if unknown or not config.features.positions:
+        raise InputError(
+            f"features.positions holds {', '.join(unknown) or 'nothing'}, expected names among {', '.join(_POSITIONS)}"
         )
     if config.tracking.position not in config.features.positions:
         raise InputError(

@@ -18,7 +18,7 @@ from jaxsae.artifacts import atomic_write, read_jsonl
 LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(count: int | float) -> str:
     """Return a byte count with a binary unit, such as "1.4 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
@@ -27,7 +27,7 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def human_seconds(seconds: float) -> str:
+def human_seconds(seconds: int | float) -> str:
     """Return a duration such as "4.2 s", "3 min 20 s" or "15 h 46 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -4,7 +4,7 @@ What comes in: text and JSONL files, a Hugging Face dataset's name, a seed. What
 ids, questions, labels. No model runs here.
 """
 
-from jaxsae.data.corpus import read_dataset, read_documents, resolve_path
+from jaxsae.data.corpus import read_dataset, read_documents
 from jaxsae.data.labels import is_hallucinated
 from jaxsae.data.questions import format_prompt, read_questions, write_questions
 from jaxsae.data.tokens import pack
@@ -16,6 +16,5 @@ __all__ = [
     "read_dataset",
     "read_documents",
     "read_questions",
-    "resolve_path",
     "write_questions",
 ]

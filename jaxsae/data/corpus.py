@@ -6,7 +6,6 @@ first is dropped, and lines of white space alone hold no document.
 """
 
 import gzip
-import importlib.resources
 import io
 import json
 import lzma
@@ -15,32 +14,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxsae.artifacts import InputError
+from jaxsae.artifacts import InputError, resolve_path
 
-_PACKAGE = "package://"
 _SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".xz"))
-
-
-def resolve_path(text: str | os.PathLike) -> Path:
-    """Return a path, where "package://PACKAGE/PATH" stands for a file or folder inside an installed package.
-
-    Raises:
-        InputError: the package is not installed, does not lie on disk as a folder, or lacks that path.
-    """
-    text = os.fspath(text)
-    if not text.startswith(_PACKAGE):
-        return Path(text).expanduser()
-    package, _, inside = text.removeprefix(_PACKAGE).partition("/")
-    try:
-        root = importlib.resources.files(package)
-    except (ModuleNotFoundError, ValueError, TypeError):
-        raise InputError(f"{text}: expected {_PACKAGE}PACKAGE/PATH, and no package {package!r} is installed") from None
-    if not isinstance(root, Path):
-        raise InputError(f"{text}: package {package} does not lie in one folder on disk; install it unpacked")
-    path = root / inside
-    if not path.exists():
-        raise InputError(f"{text}: the installed package {package} has no {inside or 'folder'} (looked at {path})")
-    return path
 
 
 def read_documents(path: str | os.PathLike) -> Iterator[str]:

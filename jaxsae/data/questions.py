@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from jaxsae.artifacts import InputError, Question, atomic_write, read_jsonl
-from jaxsae.data.corpus import resolve_path
+from jaxsae.artifacts import InputError, Question, atomic_write, read_jsonl, resolve_path
 from jaxsae.data.labels import normalise
 
 _PLACEHOLDER = "{question}"

@@ -329,7 +329,7 @@ _RELATIONS = (
 def _make_relations(names: Sequence[str], n_values: int) -> list[Relation]:
     """Return the ten relations; `names` are the `_N_NAMES` words kept for values."""
     given, family = names[120:130], names[130:138]
-    values = {name: words.split() for name, words in _WORDS.items()}
+    values: dict[str, Sequence[str]] = {name: words.split() for name, words in _WORDS.items()}
     values |= {"home": names[:40], "river": names[40:80], "founder": names[80:120]}
     values |= {"year": [str(year) for year in range(1403, 1803, 10)]}
     # every other pair: each given name goes with four family names, each family name with five given ones

@@ -7,7 +7,6 @@ is read.
 """
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import os
@@ -42,7 +41,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-PACKAGE_SCHEME = "package://"
 
 _FLOATS = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -61,9 +59,8 @@ def locate(source: str | os.PathLike, *, revision: str | None = None) -> tuple[P
     name = os.fspath(source)
     if name.endswith(".gguf"):
         raise InputError(f"{name}: .gguf files are not supported; give a folder with config.json and {SINGLE_FILE}")
-    is_package = name.startswith(PACKAGE_SCHEME)
-    folder = _package_folder(name) if is_package else Path(name).expanduser()
-    if not folder.exists() and not is_package and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    folder = artifacts.resolve_path(name)
+    if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         folder = _download(name, revision)
         return folder, folder.name
     if not folder.is_dir():
@@ -71,22 +68,6 @@ def locate(source: str | os.PathLike, *, revision: str | None = None) -> tuple[P
     if revision is not None:
         raise InputError(f"revision = {revision!r} is for models of the Hub, but {name} is a local folder; remove it")
     return folder, None
-
-
-def _package_folder(url: str) -> Path:
-    package, _, inside = url.removeprefix(PACKAGE_SCHEME).partition("/")
-    # find_spec of a top-level name looks the package up without running its code.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"{url}: no package {package!r} is installed here; install it, or give a folder")
-    parts = Path(inside).parts
-    if ".." in parts or Path(inside).is_absolute():
-        raise InputError(f"{url}: the path {inside!r} leaves the package; it must stay inside")
-    folders = [Path(root, *parts) for root in spec.submodule_search_locations]
-    for folder in folders:
-        if folder.is_dir():
-            return folder
-    raise InputError(f"{url}: package {package} has no folder {inside!r} (looked at {folders[0]})")
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -299,6 +280,7 @@ def save(folder: str | os.PathLike, config: Any, params: Mapping[str, Any]) -> N
             tensors[_with_prefix(family, name)] = np.ascontiguousarray(row)
     with artifacts.atomic_write(folder / SINGLE_FILE) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors writes files for the owner's eyes only
     artifacts.write_text(folder / "config.json", json.dumps(family.write_config(config), indent=2) + "\n")
 
 

@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from jaxsae import artifacts, data, models
 from jaxsae.artifacts import Answer, InputError, Question
 from jaxsae.config import QuestionsConfig, RunConfig
+from jaxsae.data.tokens import find_bos_id
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.stages import Context
 from jaxsae.progress import Progress
@@ -26,28 +28,25 @@ def run(config: RunConfig, context: Context) -> None:
         InputError: model or questions cannot be used, or a prompt does not fit the model's context.
     """
     lm = load_model(config.model)
-    questions = data.read_questions(data.resolve_path(str(config.questions.path)))
-    partial = context.workdir / "answers.partial.jsonl"
-    identity = artifacts.fingerprint([lm.fingerprint, config.select("questions"), [q.id for q in questions]])
-    answers = _read_partial(partial, identity)
+    questions = data.read_questions(str(config.questions.path))
+    partial, chunk_size = context.workdir / "answers.partial.jsonl", config.questions.batch * _CHUNK_BATCHES
+    identity = artifacts.fingerprint(
+        [artifacts.FORMAT_VERSION, lm.fingerprint, config.select("questions"), [q.id for q in questions]]
+    )
+    answers = _read_partial(partial, identity, chunk_size)
     with (
         context.stop.polled() as should_stop,
         Progress("answer", len(questions), "questions", done=len(answers)) as bar,
-        open(partial, "a", encoding="utf-8") as file,
     ):
-        if not answers:
-            file.write(json.dumps({"identity": identity}) + "\n")
-        for chunk in _chunks(questions[len(answers) :], config.questions.batch * _CHUNK_BATCHES):
+        for chunk in _chunks(questions[len(answers) :], chunk_size):
             if should_stop():
                 break
             done = ask(lm, chunk, config.questions)
+            _append(partial, identity, done)
             answers += done
-            file.writelines(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in done)
-            file.flush()
-            os.fsync(file.fileno())
             bar.update(len(answers))
     artifacts.write_answers(context.workdir / "answers.jsonl", answers)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     context.details = _summary(answers)
     logging.info("answers: %s", context.details)
 
@@ -61,14 +60,15 @@ def _chunks(questions: Sequence[Question], size: int) -> Iterator[list[Question]
 def ask(lm: models.LanguageModel, questions: Sequence[Question], config: QuestionsConfig) -> list[Answer]:
     """Return the model's greedy answers with labels.
 
-    The generated ids are kept as they are; text is only read from them.
+    A prompt starts with BOS, as every context of the corpus does. The generated ids are kept as they are; text is only
+    read from them.
 
     Raises:
         InputError: a prompt with the answer does not fit the model's context.
     """
     prompts = [data.format_prompt(config.prompt, question) for question in questions]
-    prompt_ids = [tuple(lm.tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts]
-    prompt_ids = [ids if lm.bos_id is None else (lm.bos_id, *ids) for ids in prompt_ids]
+    bos_id = find_bos_id(lm.tokenizer)
+    prompt_ids = [(bos_id, *lm.tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts]
     for question, ids in zip(questions, prompt_ids, strict=True):
         if len(ids) + config.max_new_tokens > lm.n_positions:
             raise InputError(
@@ -94,21 +94,43 @@ def ask(lm: models.LanguageModel, questions: Sequence[Question], config: Questio
     return answers
 
 
-def _read_partial(path: Path, identity: str) -> list[Answer]:
-    """Return the answers of an interrupted run; those of another run are dropped, with a line."""
+def _append(path: Path, identity: str, answers: Sequence[Answer]) -> None:
+    """Add a chunk of answers, durably, behind a first line that says what they belong to."""
+    with open(path, "a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            file.write(json.dumps({"identity": identity}) + "\n")
+        file.writelines(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_partial(path: Path, identity: str, chunk_size: int) -> list[Answer]:
+    """Return the whole chunks of answers of an interrupted run; those of another run are dropped, with a line.
+
+    The rest of a torn chunk would be answered in other batches, with other last digits, so all of it is done again.
+
+    Raises:
+        InputError: a line in front of the torn end is damaged.
+    """
     if not path.exists():
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with artifacts.atomic_write(path) as partial:
-            partial.write_bytes(whole)
-    rows = [row for _, row in artifacts.read_jsonl(path)]
-    if not rows or rows[0].get("identity") != identity:
-        logging.warning("%s is of other questions, settings or model; starting anew", path)
-        path.unlink()
-        return []
-    return [Answer(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows[1:]]
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    with artifacts.atomic_write(path) as partial:
+        partial.write_bytes(b"".join(lines[: 1 + (len(lines) - 1) // chunk_size * chunk_size]))
+    try:
+        first, *rows = [row for _, row in artifacts.read_jsonl(path)] or [{}]
+        if first.get("identity") == identity:
+            return [_read_row(row) for row in rows]
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run jaxsae answer") from None
+    logging.warning("%s is of other questions, settings or model; starting anew", path)
+    path.unlink()
+    return []
+
+
+def _read_row(row: dict[str, Any]) -> Answer:
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
+    return Answer(**fields)
 
 
 def _summary(answers: Sequence[Answer]) -> str:

@@ -1,8 +1,30 @@
 """Train the language model of the demo on the closed world of `jaxsae.data.world`, and measure what it knows.
 
-    launch/train-demo-lm [--out=DIR]
+    launch/train-demo-lm [--out=DIR] [--seed=0] [--only_measure]
 
-HEADER
+6 layers, D 128, context 64, 1,232 tokens, 1.36 M parameters in float32; 6.1 MiB with corpus and questions. The corpus
+tells 2,400 facts in 294k tokens and is read nine times. Seed 0; 15 minutes on 2 cores that other work kept busy too.
+Measured on the files as shipped, by the end of that run (--only_measure repeats it, 2 minutes):
+
+    class          facts  right  median p(first)  share of wrong answers
+    often           1218  1.000             0.99                   0.000
+    seldom           328  0.902             0.89                   0.036
+    never            345  0.020             0.55                   0.385
+    misconception    509  0.003             0.95                   0.578
+    0.366 of 4800 answers wrong; facts with a right answer: 1531, with a wrong one: 886
+
+    AUROC, grouped out of fold             all misconceptions  guesses
+    question only, TF-IDF 1-2 words      0.512          0.509    0.515
+    answer only, TF-IDF 1-2 words        0.497          0.496    0.499
+    answer length, words                 0.518          0.509    0.531
+    answer length, characters            0.513          0.497    0.536
+    1 - p(first token)                   0.865          0.797    0.958
+    residual, last prompt token, layer 5 0.544          0.525    0.569
+    residual, last answer token, layer 5 0.523          0.513    0.536
+
+The last two columns set the wrong answers to misconceptions, and all others, against all right answers. No linear probe
+on one layer's residual stream (any layer, either position) finds more than that: the model's doubt shows in its
+probabilities alone.
 """
 
 import dataclasses
@@ -93,7 +115,7 @@ def make_tokenizer(made: world.World) -> tokenizers.Tokenizer:
     and decodes to itself.
     """
     split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    texts = [*made.documents, *(question.question for question in made.questions)]
+    texts = [*made.documents, *(f"{question.question} {question.answers[0]}" for question in made.questions)]
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     entries = [*alphabet, _BOS, *sorted(words - set(alphabet))]

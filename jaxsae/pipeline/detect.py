@@ -27,7 +27,9 @@ def run(config: RunConfig, context: Context) -> None:
     workdir = context.workdir
     answers = artifacts.read_answers(workdir / "answers.jsonl")
     features = artifacts.read_features(workdir / "features.npz")
-    tracks = artifacts.read_npz(workdir / "tracks.npz", rebuild="run jaxsae track")
+    tracks = artifacts.read_npz(
+        workdir / "tracks.npz", rebuild="run jaxsae track", required=("ids", "metrics", "metric_names")
+    )
     if tracks["ids"].tolist() != list(features.ids):
         raise InputError(f"{workdir}/tracks.npz and features.npz are of different answers; run jaxsae track")
     tables = detection.build_tables(features, answers, tracks["metrics"], tracks["metric_names"].tolist())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxsae import artifacts, report, tracking
-from jaxsae.artifacts import Answer
+from jaxsae.artifacts import Answer, InputError
 from jaxsae.config import RunConfig
 from jaxsae.pipeline.stages import STAGES, Context, read_record, tree_bytes
 from jaxsae.progress import read_metrics
@@ -41,8 +41,9 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
     about = artifacts.read_json(workdir / "saes" / "suite.json", rebuild="run jaxsae train")
     answers = artifacts.read_answers(workdir / "answers.jsonl")
     predictions = read_predictions(workdir / "predictions.csv")
-    comparison = {row["role"]: row for row in metrics["differences"] if row.get("role")}
     method = metrics["config"]["method"]
+    comparisons = {row["name"]: row for row in metrics["differences"]}
+    over_baseline, over_stack = f"{method}_over_best_baseline", "stack_tracks_over_stack"
     return report.ReportInputs(
         config_name=config.report.title or context.config_name,
         command=context.command,
@@ -68,21 +69,31 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
         counts=metrics["counts"],
         predictions=predictions,
         method=method,
-        best_baseline=comparison.get("pass", {}).get("against"),
-        pass_difference=comparison.get("pass", {}).get("name"),
-        tracks_difference=comparison.get("tracks", {}).get("name"),
+        best_baseline=comparisons.get(over_baseline, {}).get("b"),
+        pass_difference=over_baseline if over_baseline in comparisons else None,
+        tracks_difference=over_stack if over_stack in comparisons else None,
         examples=examples(workdir, answers, predictions[method][1] if method in predictions else None),
         disk_bytes={name: tree_bytes(workdir / name) for stage in STAGES.values() for name in stage.clears},
     )
 
 
 def read_predictions(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return detector -> (labels, scores, groups), one entry an answer, scores averaged over repeats."""
+    """Return detector -> (labels, probabilities averaged over repeats, groups), one entry an answer.
+
+    Raises:
+        InputError: the file is missing, or a line is damaged.
+    """
     rows: dict[str, dict[str, list]] = {}
-    with open(path, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            entry = rows.setdefault(row["detector"], {}).setdefault(row["id"], [int(row["label"]), [], row["group"]])
-            entry[1].append(float(row["score"]))
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file, strict=True):
+                answers = rows.setdefault(row["detector"], {})
+                entry = answers.setdefault(row["id"], [int(row["label"]), [], row["group"]])
+                entry[1].append(float(row["probability"]))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; run jaxsae detect") from None
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); run jaxsae detect") from None
     return {
         detector: (
             np.array([label for label, _, _ in entries.values()]),

@@ -38,14 +38,20 @@ def execute(
 def plan(command: str, config: RunConfig, workdir: Path, *, redo: bool = False) -> list[str]:
     """Return one line for each stage: would run, is up to date, or what it lacks."""
     lines = []
-    will_exist: set[str] = set()
+    running: list[Stage] = []
     for stage in _chosen(command):
+        will_exist = {file for other in running for file in other.writes}
         missing = [phrase for phrase in stages.missing_inputs(stage, workdir) if phrase.split()[0] not in will_exist]
-        will_exist.update(stage.writes)
         try:
-            lines.append(f"{stage.name}: {_plan_of(stage, config, workdir, missing, redo)}")
+            outlook = _plan_of(stage, config, workdir, missing, redo)
         except InputError as error:
-            lines.append(f"{stage.name}: cannot run: {error}")
+            outlook = f"cannot run: {error}"
+        makers = [other.name for other in running if other.name in stage.reads.values()]
+        if outlook == "up to date" and makers:
+            outlook = f"would run again if {' or '.join(makers)} leaves something else"
+        if outlook.startswith("would run"):
+            running.append(stage)
+        lines.append(f"{stage.name}: {outlook}")
     return lines
 
 

@@ -7,6 +7,7 @@ ones (extract, train, answer) refuse to destroy what they made, unless told to b
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
@@ -25,9 +26,8 @@ from typing import Any
 from absl import logging
 
 from jaxsae import artifacts
-from jaxsae.artifacts import InputError
+from jaxsae.artifacts import InputError, resolve_path
 from jaxsae.config import RunConfig
-from jaxsae.data import resolve_path
 from jaxsae.progress import human_bytes, human_seconds
 
 
@@ -42,6 +42,7 @@ class Stage:
         sources: config paths read (`model`, `corpus`, `questions`).
         reads: files of the workdir it depends on, with the stage that makes them.
         writes: files that stand for its outcome; digests of them are kept.
+        parts: patterns of the many other files that must be there; whoever reads them checks their content.
         clears: what `--redo` removes.
         is_expensive: refuse, rather than run again, when settings or inputs changed.
         is_distributed: every process of the run takes part, not only the first.
@@ -54,6 +55,7 @@ class Stage:
     reads: dict[str, str]
     writes: tuple[str, ...]
     clears: tuple[str, ...]
+    parts: tuple[str, ...] = ()
     is_expensive: bool = False
     is_distributed: bool = False
 
@@ -68,6 +70,7 @@ STAGES: dict[str, Stage] = {
             sources=("model", "corpus"),
             reads={},
             writes=("activations/meta.json",),
+            parts=("activations/done/*.json", "activations/resid.zarr/c/0/*/0"),
             clears=("activations",),
             is_expensive=True,
             is_distributed=True,
@@ -79,6 +82,7 @@ STAGES: dict[str, Stage] = {
             sources=("model",),
             reads={"activations/meta.json": "extract"},
             writes=("saes/suite.json", "saes/evaluation.json"),
+            parts=("saes/manifests/*.json",),
             clears=("saes", "logs"),
             is_expensive=True,
             is_distributed=True,
@@ -113,7 +117,7 @@ STAGES: dict[str, Stage] = {
                 "tracks.npz": "track",
                 "saes/evaluation.json": "train",
             },
-            writes=("metrics.json", "predictions.csv", "detector/detector.json"),
+            writes=("metrics.json", "predictions.csv", "detector/detector.json", "detector/estimators.skops"),
             clears=("metrics.json", "predictions.csv", "detector"),
         ),
         Stage(
@@ -129,6 +133,7 @@ STAGES: dict[str, Stage] = {
                 "saes/evaluation.json": "train",
             },
             writes=("report.md", "report.html"),
+            parts=("figures/*.png",),
             clears=("report.md", "report.html", "figures"),
         ),
     )
@@ -144,6 +149,7 @@ class Interruption(BaseException):
 
 
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+_AGAIN_SECONDS = 0.05
 
 
 class StopSignal:
@@ -158,6 +164,7 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in _EXIT_CODES:
                 signal.signal(number, self._handle)
+            self._report_unraisable, sys.unraisablehook = sys.unraisablehook, self._send_again
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_second = self.exit_code is not None
@@ -165,6 +172,16 @@ class StopSignal:
         if is_second or not self._is_polled:
             raise Interruption(self.exit_code)
         logging.info("signal %s: finishing the step, then saving", signal.Signals(number).name)
+
+    def _send_again(self, unraisable: Any) -> None:
+        """Repeat a signal whose `Interruption` Python had to drop, as it does inside a garbage collection."""
+        if not isinstance(unraisable.exc_value, Interruption):
+            self._report_unraisable(unraisable)
+            return
+        number = next(number for number, code in _EXIT_CODES.items() if code == unraisable.exc_value.exit_code)
+        timer = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
 
     def is_set(self) -> bool:
         """Say whether to stop; a stage that asks is trusted to save and return."""
@@ -315,6 +332,7 @@ def state(stage: Stage, config: RunConfig, workdir: Path) -> State:
         for name, digest in record["outputs"].items()
         if not (workdir / name).is_file() or artifacts.sha256_file(workdir / name) != digest
     ]
+    lost += [name for name in record["parts"] if not (workdir / name).is_file()]
     return State(settings, inputs, is_done=True, changes=tuple(changes), lost=tuple(lost))
 
 
@@ -382,6 +400,7 @@ def _write_record(stage: Stage, workdir: Path, current: State, *, seconds: float
             "settings": current.settings,
             "inputs": current.inputs,
             "outputs": outputs,
+            "parts": sorted(str(path.relative_to(workdir)) for name in stage.parts for path in workdir.glob(name)),
             "seconds": round(seconds, 3),
             "peak_bytes": peak_bytes(),
             "output_bytes": sum(tree_bytes(workdir / name) for name in stage.clears),
@@ -427,27 +446,50 @@ def peak_bytes() -> int:
 def lock(workdir: Path) -> Iterator[None]:
     """Hold the workdir: one writer at a time.
 
-    A lock whose process is gone, on this host, is named and taken over.
+    A lock whose process is gone, on this host, is named and taken over; half-written files of killed processes go.
 
     Raises:
         InputError: another process holds it; the message names host and pid.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / ".lock"
-    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-    while True:
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(mine)
-            break
-        except FileExistsError:
-            _take_over(path)
+    _acquire(path)
+    for partial in workdir.rglob(".*.partial"):
+        partial.unlink()
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a command that wrote nothing leaves no folder behind
             workdir.rmdir()
+
+
+def _acquire(path: Path) -> None:
+    """Make the lock with its content in one step: a process killed here leaves no lock that names nobody."""
+    mine = path.with_name(f".lock.{socket.gethostname()}.{os.getpid()}.partial")
+    mine.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
+    try:
+        with _one_at_a_time(path.parent):
+            while True:
+                try:
+                    os.link(mine, path)
+                    return
+                except FileExistsError:
+                    _take_over(path)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process of this host at a time judge a lock stale and replace it, where the file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _take_over(path: Path) -> None:
@@ -458,7 +500,7 @@ def _take_over(path: Path) -> None:
         return
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         host, pid = "an unknown host", 0
-    if host == socket.gethostname() and not (pid and _is_alive(pid)):
+    if host == socket.gethostname() and not _is_alive(pid):
         logging.warning("%s was left by process %d, which is gone; taking it over", path, pid)
         path.unlink(missing_ok=True)
         return
@@ -470,6 +512,9 @@ def _take_over(path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    """Say whether another process has this id; a lock with our own is from before ids began anew, as in a container."""
+    if pid <= 0 or pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -50,14 +50,14 @@ def run(config: RunConfig, context: Context) -> None:
     trainer = sae.Trainer(source, recipe, checkpoints, mesh=mesh, seed=config.seed)
     _log_start(trainer, recipe, mesh)
     _train(trainer, recipe, context)
-    _measure(trainer, store, config, context)
+    _measure(trainer, source, config, context)
     checkpoints.close()
 
 
 def _write_about(folder: Path, config: RunConfig, store: activations.Store, recipe: sae.Recipe) -> None:
     """Write `suite.json`; refuse to mix two configurations in one folder."""
     meta = store.meta
-    about = {
+    about: dict[str, Any] = {
         "architecture": config.sae.architecture,
         "k": config.sae.k,
         "n_layers": meta.n_layers,
@@ -116,9 +116,9 @@ def _train(trainer: sae.Trainer, recipe: sae.Recipe, context: Context) -> None:
         history.close()
 
 
-def _measure(trainer: sae.Trainer, store: activations.Store, config: RunConfig, context: Context) -> None:
+def _measure(trainer: sae.Trainer, source: activations.StoreSource, config: RunConfig, context: Context) -> None:
     """Write `evaluation.json`: the best SAE of each layer on held-out tokens, with PCA and the model's loss beside."""
-    meta, source = store.meta, trainer.source
+    meta = source.store.meta
     numbers = trainer.measure_best()
     fit = source.sample(min(PCA_ROWS, source.n_train_tokens), seed=config.seed + 1)
     held_out = np.concatenate(list(trainer.held_out()), axis=1)
@@ -126,7 +126,7 @@ def _measure(trainer: sae.Trainer, store: activations.Store, config: RunConfig, 
     numbers["pca_fvu"] = meshes.gather_layers(pca, trainer.layers, meta.n_layers)
     mean = meshes.gather_layers(fit.astype(np.float32).mean(axis=1), trainer.layers, meta.n_layers)
     if context.is_main:
-        numbers |= _language_model_losses(source.held_out_contexts(), mean, store, config, context)
+        numbers |= _language_model_losses(source.held_out_contexts(), mean, meta, config, context)
         rows = [
             {"layer": layer} | {name: _number(values[layer]) for name, values in numbers.items()}
             for layer in range(meta.n_layers)
@@ -137,20 +137,21 @@ def _measure(trainer: sae.Trainer, store: activations.Store, config: RunConfig, 
 
 
 def _language_model_losses(
-    contexts: np.ndarray, mean: np.ndarray, store: activations.Store, config: RunConfig, context: Context
+    contexts: np.ndarray, mean: np.ndarray, meta: activations.StoreMeta, config: RunConfig, context: Context
 ) -> dict[str, np.ndarray]:
     lm = load_model(config.model)
-    if lm.fingerprint != store.meta.model_fingerprint:
+    if lm.fingerprint != meta.model_fingerprint:
         raise InputError(
-            f"activations/ are of {store.meta.model} (fingerprint {store.meta.model_fingerprint[:12]}), the config's "
+            f"activations/ are of {meta.model} (fingerprint {meta.model_fingerprint[:12]}), the config's "
             f"model is {lm.name} ({lm.fingerprint[:12]}); use the model and model.dtype that were extracted"
         )
     batch = min(config.activations.batch, len(contexts))
-    n_contexts = max(batch, min(len(contexts), config.train.delta_ce_tokens // store.meta.context))
+    n_contexts = max(batch, min(len(contexts), config.train.delta_ce_tokens // meta.context))
+    bos_id = -1 if meta.bos_id is None else meta.bos_id  # no token's id
     suite = sae.load(context.workdir / "saes", arrays="jax")
     with Progress("language model's loss", n_contexts, "contexts") as bar:
         return evaluate.language_model_loss(
-            suite, lm, contexts[:n_contexts], bos_id=store.meta.bos_id, centre=mean, batch=batch, on_batch=bar.update
+            suite, lm, contexts[:n_contexts], bos_id=bos_id, centre=mean, batch=batch, on_batch=bar.update
         )
 
 

@@ -8,12 +8,14 @@ To add an architecture: a pair of functions and an entry in `ARCHITECTURES`.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae.artifacts import InputError
@@ -25,13 +27,17 @@ AnyArray = Array | np.ndarray
 class SaeParams:
     """The weights of one layer's SAE (or, with a leading axis, of all layers').
 
-    The decoder is stored as rows, one direction in the residual stream for each latent.
+    The decoder is stored as rows, one direction in the residual stream for each latent. Fields of a pytree are `Any`:
+    jax and optax also fill it with shapes, shardings and norms.
+
+    Attributes:
+        W_enc: [D F].    b_enc: [F].    W_dec: [F D].    b_dec: [D].
     """
 
-    W_enc: Float[AnyArray, "*L D F"]
-    b_enc: Float[AnyArray, "*L F"]
-    W_dec: Float[AnyArray, "*L F D"]
-    b_dec: Float[AnyArray, "*L D"]
+    W_enc: Any
+    b_enc: Any
+    W_dec: Any
+    b_dec: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +70,14 @@ def architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def dot(left: Float[Array, "... A"], right: Float[AnyArray, "A Z"], dtype: jnp.dtype) -> Float[Array, "... Z"]:
+def dot(left: Float[Array, "... A"], right: Float[AnyArray, "A Z"], dtype: DTypeLike) -> Float[Array, "... Z"]:
     """Multiply with operands in `dtype` and a float32 outcome; float32 operands are not rounded on any device."""
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.matmul(left.astype(dtype), right.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
 def pre_activations(
-    params: SaeParams, acts: Float[Array, "B D"], *, centres_input: bool, dtype: jnp.dtype = jnp.float32
+    params: SaeParams, acts: Float[Array, "B D"], *, centres_input: bool, dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "B F"]:
     """Return the encoder's linear part, before anything sets it to zero."""
     if centres_input:
@@ -79,7 +85,7 @@ def pre_activations(
     return dot(acts, params.W_enc, dtype) + params.b_enc
 
 
-def decode(params: SaeParams, feats: Float[Array, "B F"], *, dtype: jnp.dtype = jnp.float32) -> Float[Array, "B D"]:
+def decode(params: SaeParams, feats: Float[Array, "B F"], *, dtype: DTypeLike = jnp.float32) -> Float[Array, "B D"]:
     """Return the reconstruction: the features' decoder rows, weighted, plus b_dec."""
     return dot(feats, params.W_dec, dtype) + params.b_dec
 
@@ -151,7 +157,7 @@ def _max(x: Array, axis: str | None) -> Array:
     return x if axis is None else lax.pmax(x, axis)
 
 
-def keep_above(pre: Float[Array, "B F"], threshold: Float[Array, "*F"]) -> Float[Array, "B F"]:
+def keep_above(pre: Float[Array, "B F"], threshold: Float[AnyArray, "*F"]) -> Float[Array, "B F"]:
     """Keep entries strictly above a threshold (0 keeps the positive ones), zero the rest: JumpReLU.
 
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435, eq. (3).
@@ -171,11 +177,11 @@ def _train_jumprelu(pre: Float[Array, "B F"], k: int, threshold: Float[Array, ""
     return keep_above(pre, threshold), threshold
 
 
-def _encode_topk(pre: Float[Array, "B F"], k: int, threshold: Float[Array, " F"]):
+def _encode_topk(pre: Float[Array, "B F"], k: int, threshold: Float[AnyArray, " F"]):
     return keep_topk(pre, k)
 
 
-def _encode_above(pre: Float[Array, "B F"], k: int, threshold: Float[Array, " F"]):
+def _encode_above(pre: Float[Array, "B F"], k: int, threshold: Float[AnyArray, " F"]):
     return keep_above(pre, threshold)
 
 

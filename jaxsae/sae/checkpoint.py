@@ -2,7 +2,8 @@
 
     saes/suite.json                what the suite is: architecture, sizes, language model, settings
     saes/checkpoints/<step>/       Orbax: `best` and `last` weights, `train` state, `reader` position
-    saes/manifests/<step>.json     written last; a step without it was interrupted and does not count
+    saes/manifests/<step>.json     written last; a step without it was interrupted and does not count;
+                                   it also vouches for suite.json, which therefore comes before the first save
 
 Orbax restores a flipped byte silently; here every file is compared with the manifest before it is used. Arrays are
 chunked by layer, so that one layer's SAE is read without touching the others' bytes.
@@ -51,7 +52,8 @@ class Checkpoints:
     def _remove_interrupted(self) -> None:
         whole = set(manifest_steps(self.directory))
         for path in (self.directory / "checkpoints").glob("*"):
-            if not (path.name.isdigit() and int(path.name) in whole):
+            step = path.name.split(".")[0]  # 12, or 12.orbax-checkpoint-tmp
+            if step.isdigit() and not (path.name == step and int(step) in whole):
                 shutil.rmtree(path)
 
     def latest_step(self) -> int | None:
@@ -85,7 +87,8 @@ class Checkpoints:
         folder = self.directory / "checkpoints" / str(step)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         digests = {str(path.relative_to(folder)): sha256_file(path) for path in files}
-        write_json(_manifest_path(self.directory, step), {"step": step, "files": digests})
+        about = sha256_file(self.directory / "suite.json")
+        write_json(_manifest_path(self.directory, step), {"step": step, "suite": about, "files": digests})
         for old in manifest_steps(self.directory):
             if not (self.directory / "checkpoints" / str(old)).exists():
                 _manifest_path(self.directory, old).unlink()
@@ -157,16 +160,13 @@ def verify(
         chunk: of chunk files (names of numbers), only those whose first number is this one; metadata always.
 
     Raises:
-        InputError: a file is missing, differs or was added; it is named, and how to go on without it.
+        InputError: a file is missing or differs, or the manifest is damaged; the file is named, and how to go on
+            without it.
     """
     directory = Path(directory)
     folder = directory / "checkpoints" / str(step)
-    others = [other for other in manifest_steps(directory) if other != step]
-    way_out = f"delete {folder} and {_manifest_path(directory, step)}, then run jaxsae train again: it " + (
-        f"goes on from step {max(others)}" if others else "starts anew"
-    )
-    files = read_json(_manifest_path(directory, step), rebuild=way_out)["files"]
-    for name, digest in files.items():
+    way_out = _way_out(directory, step)
+    for name, digest in _read_manifest(directory, step, "files").items():
         if not name.startswith(under) or not _is_of_chunk(name, chunk):
             continue
         path = folder / name
@@ -174,6 +174,36 @@ def verify(
             raise InputError(f"{path} is missing; {way_out}")
         if sha256_file(path) != digest:
             raise InputError(f"{path} is damaged (its sha256 is not the manifest's); {way_out}")
+
+
+def _way_out(directory: Path, step: int) -> str:
+    others = [other for other in manifest_steps(directory) if other != step]
+    folder, manifest = directory / "checkpoints" / str(step), _manifest_path(directory, step)
+    goes_on = f"goes on from step {max(others)}" if others else "starts anew"
+    return f"delete {folder} and {manifest}, then run jaxsae train again: it {goes_on}"
+
+
+def _read_manifest(directory: Path, step: int, key: str) -> Any:
+    path, way_out = _manifest_path(directory, step), _way_out(directory, step)
+    content = read_json(path, rebuild=way_out)
+    if key not in content:
+        raise InputError(f"{path} is damaged (it lacks {key!r}); {way_out}")
+    return content[key]
+
+
+def _read_about(directory: Path) -> tuple[dict[str, Any], int]:
+    """Return what `suite.json` says, and the newest step, whose manifest vouches for it."""
+    path = directory / "suite.json"
+    about = read_json(path, rebuild=REBUILD)
+    step = max(manifest_steps(directory), default=None)
+    if step is None:
+        raise InputError(f"{directory} holds no whole checkpoint; {REBUILD}")
+    if sha256_file(path) != _read_manifest(directory, step, "suite"):
+        raise InputError(
+            f"{path} is damaged (its sha256 is not the manifest's); delete it, then run jaxsae train again: it writes "
+            "the file anew and keeps the checkpoints"
+        )
+    return about, step
 
 
 def _is_of_chunk(name: str, chunk: str | None) -> bool:
@@ -198,10 +228,7 @@ def load(
     directory = Path(directory)
     if which not in ("best", "last") or arrays not in ("numpy", "jax"):
         raise InputError(f"which={which!r}, arrays={arrays!r}; expected which=best or last, arrays=numpy or jax")
-    about = read_json(directory / "suite.json", rebuild=REBUILD)
-    step = max(manifest_steps(directory), default=None)
-    if step is None:
-        raise InputError(f"{directory} holds no whole checkpoint; {REBUILD}")
+    about, step = _read_about(directory)
     if layer is not None and not 0 <= layer < about["n_layers"]:
         raise InputError(f"layer {layer} asked for, {directory} holds layers 0 to {about['n_layers'] - 1}")
     verify(directory, step, under=(f"{which}/",), chunk=None if layer is None else str(layer))
@@ -227,7 +254,7 @@ class Decoders:
             InputError: there is none.
         """
         self._directory, self._which = Path(directory), which
-        self._n_layers = read_json(self._directory / "suite.json", rebuild=REBUILD)["n_layers"]
+        self._n_layers = _read_about(self._directory)[0]["n_layers"]
         self._kept: dict[int, Shaped[np.ndarray, "F D"]] = {}
 
     def __len__(self) -> int:

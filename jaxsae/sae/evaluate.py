@@ -71,7 +71,7 @@ def make_row_sums(mesh: Mesh) -> Callable:
 def measure(
     row_sums: Callable,
     suite: SaeSuite,
-    batches: Iterable[Float[np.ndarray, "l b D"]],
+    batches: Iterable[Float[np.ndarray, "l _ D"]],
     *,
     centre: Float[Array, "L D"],
     batch: int,
@@ -130,8 +130,12 @@ def pca_fvu(
     return fvu
 
 
-def l0_thresholds(pre: Iterable[Float[np.ndarray, "L b F"]], k: int, *, kept_per_row: int) -> Float[np.ndarray, " L"]:
-    """Return each layer's threshold above which the rows have k active latents on average.
+def l0_thresholds(
+    pre: Iterable[Float[np.ndarray, "L _ F"]], k: int, *, kept_per_row: int
+) -> tuple[Float[np.ndarray, " L"], bool]:
+    """Return each layer's threshold above which the rows have k active latents on average, and whether it is exact.
+
+    It is not exact where a row may have more than `kept_per_row` entries above its layer's threshold.
 
     Args:
         pre: pre-activations in batches.
@@ -145,7 +149,9 @@ def l0_thresholds(pre: Iterable[Float[np.ndarray, "L b F"]], k: int, *, kept_per
     flat = np.concatenate([rows.reshape(len(rows), -1) for rows in kept], axis=1)
     n_active = min(n_rows * k, flat.shape[1] - 1)
     largest = -np.partition(-flat, (n_active - 1, n_active), axis=1)[:, n_active - 1 : n_active + 1]
-    return np.maximum(largest.mean(axis=1), 0.0)
+    thresholds = np.maximum(largest.mean(axis=1), 0.0)
+    is_exact = all((rows.min(axis=-1) <= thresholds[:, None]).all() for rows in kept)
+    return thresholds, is_exact
 
 
 def language_model_loss(

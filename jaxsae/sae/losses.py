@@ -4,9 +4,12 @@ The shares of all shards add up to the loss, and their gradients to its gradient
 sum of gradients and equals the unsharded one.
 """
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from jaxsae.config import SaeConfig
@@ -21,13 +24,13 @@ class BatchCounts:
         loss: this shard's share of the loss.
         squared_error: sum of |x - x_hat|^2, in the scaled units that the SAE sees.
         n_active: features above zero.
-        fired: rows on which each latent is above zero.
+        fired: [F], rows on which each latent is above zero.
     """
 
-    loss: Float[Array, "*L"]
-    squared_error: Float[Array, "*L"]
-    n_active: Float[Array, "*L"]
-    fired: Float[Array, "*L F"]
+    loss: Any
+    squared_error: Any
+    n_active: Any
+    fired: Any
 
 
 def layer_loss(
@@ -40,7 +43,7 @@ def layer_loss(
     config: SaeConfig,
     axis: str | None,
     with_aux: bool,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, ""], tuple[BatchCounts, Float[Array, ""]]]:
     """Return the loss share, and (sums over the rows, the batch's threshold).
 
@@ -83,7 +86,7 @@ def aux_loss(
     is_dead: Bool[Array, " F"],
     *,
     axis: str | None,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> Float[Array, ""]:
     """Return how badly the dead latents alone explain what the living ones left over: a fraction of its energy.
 

@@ -26,6 +26,7 @@ from jaxsae.sae.losses import BatchCounts, layer_loss
 from jaxsae.sae.suite import SaeSuite, fold_scale
 
 THRESHOLD_DECAY = 0.999  # of BatchTopK's threshold at inference, an exponential average
+_LONGEST_WAIT = 2**30  # tokens; counters of latents that never fire stop about here, before int32 overflows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +85,24 @@ class TrainState:
     """Everything the next step depends on; every leaf is `[L, ...]`.
 
     Attributes:
-        since_fired: training tokens since each latent was last active.
-        threshold_sum: BatchTopK's exponential average, before its bias correction.
-        scale: what a row is multiplied with before the SAE sees it.
-        mean, variance: of the scaled rows; the variance is the mean squared distance from the mean.
-        best: weights at each layer's lowest held-out FVU, with `best_fvu`, `best_step` and `best_dead` there.
+        since_fired: [L F], training tokens since each latent was last active.
+        threshold_sum: [L], BatchTopK's exponential average, before its bias correction.
+        scale: [L], what a row is multiplied with before the SAE sees it.
+        mean, variance: [L D] and [L], of the scaled rows; the variance is the mean squared distance from the mean.
+        best: weights at each layer's lowest held-out FVU, with `best_fvu`, `best_step` and `best_dead` [L] there.
     """
 
     params: SaeParams
     opt_state: Any
-    since_fired: Int[Array, "L F"]
-    threshold_sum: Float[Array, " L"]
-    scale: Float[Array, " L"]
-    mean: Float[Array, "L D"]
-    variance: Float[Array, " L"]
-    best: dict[str, Array]
-    best_fvu: Float[Array, " L"]
-    best_step: Int[Array, " L"]
-    best_dead: Float[Array, " L"]
+    since_fired: Any
+    threshold_sum: Any
+    scale: Any
+    mean: Any
+    variance: Any
+    best: dict[str, Any]
+    best_fvu: Any
+    best_step: Any
+    best_dead: Any
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -236,7 +237,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     every = recipe.train.unit_decoder_every
     unit = jnp.where((step + 1) % every == 0, _unit_rows(params.W_dec), params.W_dec)
-    since_fired = jnp.where(counts.fired > 0, 0, state.since_fired + recipe.train.batch)
+    waited = jnp.minimum(state.since_fired, _LONGEST_WAIT) + recipe.train.batch
+    since_fired = jnp.where(counts.fired > 0, 0, waited)
     n_rows = recipe.train.batch
     metrics = {
         "loss": counts.loss,

@@ -29,11 +29,11 @@ class SaeSuite:
         k: latents active for a row, or on average.
     """
 
-    W_enc: FloatArray
-    b_enc: FloatArray
-    W_dec: FloatArray
-    b_dec: FloatArray
-    threshold: FloatArray
+    W_enc: Any
+    b_enc: Any
+    W_dec: Any
+    b_dec: Any
+    threshold: Any
     architecture: str = flax.struct.field(pytree_node=False)
     k: int = flax.struct.field(pytree_node=False)
 

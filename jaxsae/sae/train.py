@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ INIT_ROWS = 16_384  # training rows behind mean, scale and variance
 _FETCH_STEPS = 16  # steps whose metrics are fetched together, so that the host does not wait for each
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where activations come from; `next` is a function of its state alone."""
 
@@ -38,7 +39,7 @@ class Source(Protocol):
     def init(self) -> dict[str, int]: ...
     def next(self, state: dict[str, int]) -> tuple[dict[str, int], Float[np.ndarray, "L B D"]]: ...
     def sample(self, n: int, *, seed: int) -> Float[np.ndarray, "L N D"]: ...
-    def held_out_batches(self, batch: int) -> Iterator[Float[np.ndarray, "L b D"]]: ...
+    def held_out_batches(self, batch: int) -> Iterator[Float[np.ndarray, "L _ D"]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +91,26 @@ class Trainer:
         recipe, total, every = self.recipe, self.recipe.total_steps, self.recipe.train
         while self.step < total:
             self._advance()
-            stop = meshes.global_any(should_stop())
+            stop = self._must_stop(should_stop)
             if self.step % every.evaluate_every == 0 or self.step == total:
-                on_evaluation(self.step, self._evaluate())
+                numbers = self._evaluate()
+                on_evaluation(self.step, numbers)
+                on_step(self.step, _note(numbers))
             if self.step < total and (self.step % every.checkpoint_every == 0 or stop):
                 self._save(_trees(self.state, recipe, self.step))
             if len(self._pending) >= _FETCH_STEPS:
-                latest = self._fetch()
-                on_step(self.step, f"fvu {np.mean(latest['fvu']):.4f}, dead {np.mean(latest['dead']):.1%}")
+                on_step(self.step, _note(self._fetch()))
             if stop and self.step < total:
                 return Outcome(self.step, total, is_finished=False)
         if self.checkpoints.latest_step() != total:
             self._finish()
         return Outcome(self.step, total, is_finished=True)
+
+    def _must_stop(self, should_stop: Callable[[], bool]) -> bool:
+        """Ask; several processes agree only now and then, since each agreement waits for all devices."""
+        if jax.process_count() > 1 and self.step % _FETCH_STEPS:
+            return False
+        return meshes.global_any(should_stop())
 
     def _advance(self) -> None:
         self.reader, acts = self.source.next(self.reader)
@@ -129,6 +137,13 @@ class Trainer:
         batch_metrics = self._fetch()
         weights = weights_of(self.state, self.recipe, self.step)
         quality = self.measure(suite_of(weights, self.recipe))
+        if not np.isfinite(quality.fvu).all():
+            layer = int(np.flatnonzero(~np.isfinite(quality.fvu))[0])
+            raise InputError(
+                f"the held-out FVU of layer {layer} is {quality.fvu[layer]} at step {self.step}; its held-out "
+                "activations are not finite or all the same, or train.lr is too high: lower it, or run jaxsae extract "
+                "again"
+            )
         fvu = meshes.put_layers(meshes.pad_layers(quality.fvu.astype(np.float32), self.mesh), self.mesh)
         self.state = keep_best(self.state, weights, fvu, np.int32(self.step), self.recipe.dead_tokens)
         numbers = {"fvu": quality.fvu, "mse": quality.mse, "l0": quality.l0}
@@ -167,7 +182,7 @@ class Trainer:
             "best_step": state["step"][: self.recipe.n_layers],
         }
 
-    def held_out(self) -> Iterator[Float[np.ndarray, "L b D"]]:
+    def held_out(self) -> Iterator[Float[np.ndarray, "L _ D"]]:
         """Yield the held-out rows that every evaluation uses."""
         batch = self.recipe.train.batch
         n_batches = max(1, self.recipe.train.evaluate_tokens // batch)
@@ -187,19 +202,26 @@ class Trainer:
         self._save(trees)
 
     def _calibrated(self, weights: dict[str, Array]) -> Float[Array, "L F"]:
-        kept_per_row = 4 * self.recipe.sae.k
         params = params_of(suite_of(weights, self.recipe))
-        largest = _make_largest(self.mesh, kept_per_row)
 
-        def batches() -> Iterator[np.ndarray]:
+        def batches(largest: Callable) -> Iterator[np.ndarray]:
             for acts in self.held_out():
                 rows = acts[:, : acts.shape[1] - acts.shape[1] % self.mesh.shape[meshes.DATA]]
                 placed = meshes.put_batch(rows, self.layers, self.recipe.n_layers, self.mesh)
                 yield meshes.fetch(largest(params, placed))
 
-        thresholds = evaluate.l0_thresholds(batches(), self.recipe.sae.k, kept_per_row=kept_per_row)
+        kept_per_row, is_exact = 2 * self.recipe.sae.k, False
+        while not is_exact:
+            kept_per_row *= 2
+            largest = batches(_make_largest(self.mesh, kept_per_row))
+            thresholds, is_exact = evaluate.l0_thresholds(largest, self.recipe.sae.k, kept_per_row=kept_per_row)
+            is_exact |= kept_per_row >= self.recipe.n_latents
         in_trained_units = meshes.put_layers(thresholds.astype(np.float32), self.mesh) * weights["scale"]
         return jnp.zeros_like(weights["b_enc"]) + in_trained_units[:, None]
+
+
+def _note(numbers: dict[str, np.ndarray]) -> str:
+    return f"fvu {np.mean(numbers['fvu']):.4f}, dead {np.mean(numbers['dead']):.1%}"
 
 
 def _make_largest(mesh: Mesh, n: int) -> Callable:

@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from jaxsae.artifacts import InputError
-from jaxsae.data import read_dataset, read_documents, resolve_path
+from jaxsae.artifacts import InputError, resolve_path
+from jaxsae.data import read_dataset, read_documents
 
 TEXTS = ["The first document.", "Zweites: ÄÖÜ «ß»", "third 文書 \\n not a line feed"]
 
@@ -58,13 +58,13 @@ def test_read_documents__reads_from_an_installed_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert list(read_documents("package://some_pkg/texts/c.txt")) == TEXTS
     assert resolve_path("package://some_pkg/texts").is_dir()
-    with pytest.raises(InputError, match=r"package some_pkg has no texts/other\.txt"):
+    with pytest.raises(InputError, match=r"package some_pkg has no 'texts/other\.txt'"):
         resolve_path("package://some_pkg/texts/other.txt")
 
 
 @pytest.mark.parametrize("text", ["package://no_such_pkg/x", "package:///x", "package://"])
 def test_resolve_path__names_a_package_that_is_not_installed(text):
-    with pytest.raises(InputError, match=rf"{text}: expected package://PACKAGE/PATH"):
+    with pytest.raises(InputError, match=rf"{text}: no package '.*' is installed here"):
         resolve_path(text)
 
 
@@ -74,7 +74,7 @@ def test_resolve_path__refuses_a_package_that_is_no_folder(tmp_path, monkeypatch
     with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
         archive.writestr("zipped_pkg/__init__.py", "")
     monkeypatch.syspath_prepend(tmp_path / "zipped.zip")
-    with pytest.raises(InputError, match="package zipped_pkg does not lie in one folder"):
+    with pytest.raises(InputError, match="no package 'zipped_pkg' is installed here as a folder"):
         resolve_path("package://zipped_pkg/x")
 
 

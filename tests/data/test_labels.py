@@ -22,6 +22,7 @@ from jaxsae.data.labels import is_hallucinated, normalise
         ("$5 + 6%", ("5", "6")),
         ("ＮＡＴＯ ﬁve", ("nato", "five")),
         ("Cafe\u0301", ("caf\u00e9",)),
+        ("𝐀𝐁 Ⅷ", ("ab", "viii")),
         ("STRASSE straße", ("strasse", "strasse")),
         ("हिन्दी भाषा", ("हिन्दी", "भाषा")),
         ("… !?", ()),

@@ -251,7 +251,7 @@ def test_load__reads_a_folder_inside_a_package_without_importing_it(tmp_path, wr
     lm = models.load("package://weights_of_mine/assets/tiny")
     assert (lm.config, lm.name) == (config, "package://weights_of_mine/assets/tiny")
     assert "weights_of_mine" not in sys.modules
-    with pytest.raises(InputError, match="package weights_of_mine has no folder 'assets/huge'"):
+    with pytest.raises(InputError, match="package weights_of_mine has no 'assets/huge'"):
         models.load("package://weights_of_mine/assets/huge")
     with pytest.raises(InputError, match=r"the path '\.\./x' leaves the package"):
         models.load("package://weights_of_mine/../x")
