@@ -40,7 +40,8 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
     evaluation = artifacts.read_json(workdir / "saes" / "evaluation.json", rebuild="run jaxsae train")
     about = artifacts.read_json(workdir / "saes" / "suite.json", rebuild="run jaxsae train")
     answers = artifacts.read_answers(workdir / "answers.jsonl")
-    predictions = read_predictions(workdir / "predictions.csv")
+    scores = read_predictions(workdir / "predictions.csv", column="score")
+    probabilities = read_predictions(workdir / "predictions.csv", column="probability")
     method = metrics["config"]["method"]
     comparisons = {row["name"]: row for row in metrics["differences"]}
     over_baseline, over_stack = f"{method}_over_best_baseline", "stack_tracks_over_stack"
@@ -67,18 +68,19 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
         by_category=metrics["by_category"],
         differences=metrics["differences"],
         counts=metrics["counts"],
-        predictions=predictions,
+        predictions=scores,
+        probabilities={name: averaged for name, (_, averaged, _) in probabilities.items()},
         method=method,
         best_baseline=comparisons.get(over_baseline, {}).get("b"),
         pass_difference=over_baseline if over_baseline in comparisons else None,
         tracks_difference=over_stack if over_stack in comparisons else None,
-        examples=examples(workdir, answers, predictions[method][1] if method in predictions else None),
+        examples=examples(workdir, answers, probabilities[method][1] if method in probabilities else None),
         disk_bytes={name: tree_bytes(workdir / name) for stage in STAGES.values() for name in stage.clears},
     )
 
 
-def read_predictions(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return detector -> (labels, probabilities averaged over repeats, groups), one entry an answer.
+def read_predictions(path: Path, *, column: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return detector -> (labels, the column averaged over repeats, groups), one entry an answer.
 
     Raises:
         InputError: the file is missing, or a line is damaged.
@@ -89,7 +91,7 @@ def read_predictions(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.n
             for row in csv.DictReader(file, strict=True):
                 answers = rows.setdefault(row["detector"], {})
                 entry = answers.setdefault(row["id"], [int(row["label"]), [], row["group"]])
-                entry[1].append(float(row["probability"]))
+                entry[1].append(float(row[column]))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run jaxsae detect") from None
     except (csv.Error, KeyError, TypeError, ValueError) as error:

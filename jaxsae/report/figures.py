@@ -345,22 +345,21 @@ def calibration_points(
 
 
 def calibration(inputs: ReportInputs) -> tuple[Figure, str, str] | None:
-    """Draw how often answers with a given score are hallucinated; scores outside 0–1 are no probability: not drawn."""
-    compared = [
-        row
-        for row in _compared(inputs)
-        if 0 <= np.min(inputs.predictions[row[0]][1]) <= np.max(inputs.predictions[row[0]][1]) <= 1
-    ]
+    """Draw how often answers of a given probability are hallucinated; what lies outside 0–1 is none: not drawn."""
+    chances = {
+        name: np.asarray(inputs.probabilities.get(name, scores)) for name, (_, scores, _) in inputs.predictions.items()
+    }
+    compared = [row for row in _compared(inputs) if 0 <= chances[row[0]].min() <= chances[row[0]].max() <= 1]
     if not compared:
         return None
     figure, (axes,) = _canvas(5.2)
     axes.plot([0, 1], [0, 1], ":", color=CHANCE, linewidth=1, label="calibrated")
     for name, color, line in compared:
-        labels, scores, groups = (np.asarray(part) for part in inputs.predictions[name])
-        score, share, (low, high) = calibration_points(labels, scores, groups)
+        labels, _, groups = (np.asarray(part) for part in inputs.predictions[name])
+        score, share, (low, high) = calibration_points(labels, chances[name], groups)
         axes.vlines(score, low, high, color=color, linewidth=1.2)
         axes.plot(score, share, "o" + line, color=color, label=clip(name, 40))
-    axes.set(xlabel="mean score in the bin (probability of hallucinated)", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.set(xlabel="mean probability of hallucinated in the bin", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set(ylabel="share hallucinated in the bin", aspect="equal")
     axes.legend(loc="upper left")
     alt = f"Reliability curves of {' and '.join(name for name, *_ in compared)} around the diagonal."

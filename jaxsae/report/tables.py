@@ -48,7 +48,10 @@ class ReportInputs:
             within_ci_low, within_ci_high (against the right ones of the category).
         differences: paired AUROC differences on the same resamples: name, difference, ci_low, ci_high, definition.
         counts: rows, groups, right, wrong, empty; by_category: category -> right, wrong.
-        predictions: detector -> (labels, scores, groups), out of fold; a label of 1 is a hallucinated answer.
+        predictions: detector -> (labels, scores, groups), out of fold; a label of 1 is a hallucinated answer. The ROC
+            ranks these scores, as AUROC does.
+        probabilities: detector -> calibrated scores in the same order; where a detector has none, its scores are taken
+            for probabilities if they lie between 0 and 1.
         method: name of the detector that the run puts forward.
         best_baseline: name of the best of {answer length, log-prob family}.
         pass_difference: name of the row of `differences` that decides whether the method passes.
@@ -75,6 +78,7 @@ class ReportInputs:
     differences: Sequence[Row] = ()
     counts: Row = dataclasses.field(default_factory=dict)
     predictions: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    probabilities: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     method: str | None = None
     best_baseline: str | None = None
     pass_difference: str | None = None

@@ -57,6 +57,9 @@ def test_draw__needs_both_classes_for_curves_and_probabilities_for_calibration(m
     log_odds = {inputs.method: (labels, 9 * scores - 4, groups)}
     assert set(figures.draw(make_inputs(predictions=one_class, **rest))) == set()
     assert set(figures.draw(make_inputs(predictions=log_odds, **rest))) == {"roc"}
+    calibrated = {name: 1 / (1 + np.exp(-raw)) for name, (_, raw, _) in log_odds.items()}
+    both = figures.draw(make_inputs(predictions=log_odds, probabilities=calibrated, **rest))
+    assert set(both) == {"roc", "calibration"}
 
 
 def test_svg__has_no_links_out_and_ids_of_its_own(make_inputs):
