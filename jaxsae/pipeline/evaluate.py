@@ -67,7 +67,7 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
         canary=metrics["canary"],
         by_category=metrics["by_category"],
         differences=metrics["differences"],
-        counts=metrics["counts"],
+        counts=counts(metrics["counts"]),
         predictions=scores,
         probabilities={name: averaged for name, (_, averaged, _) in probabilities.items()},
         method=method,
@@ -75,8 +75,24 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
         pass_difference=over_baseline if over_baseline in comparisons else None,
         tracks_difference=over_stack if over_stack in comparisons else None,
         examples=examples(workdir, answers, probabilities[method][1] if method in probabilities else None),
-        disk_bytes={name: tree_bytes(workdir / name) for stage in STAGES.values() for name in stage.clears},
+        disk_bytes={
+            name: tree_bytes(workdir / name)
+            for stage in STAGES.values()
+            for name in stage.clears
+            if (workdir / name).exists() and stage.name != "evaluate"
+        },
     )
+
+
+def counts(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the answers' counts under the report's names."""
+
+    def of(row: dict[str, Any]) -> dict[str, Any]:
+        return {"right": row["right"], "wrong": row["hallucinated"]}
+
+    by_category = {name: of(row) for name, row in found["categories"].items()}
+    kept = {"rows": found["rows"], "groups": found["groups"], "empty": found["empty_answers"]}
+    return {**kept, **of(found), "by_category": by_category}
 
 
 def read_predictions(path: Path, *, column: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -182,9 +198,18 @@ def host() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "machine": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory,
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -362,19 +362,21 @@ def side_of_zero(row: Row) -> str:
 
 
 def count_table(inputs: ReportInputs) -> Table:
-    """Tabulate right and hallucinated answers by category, and all of them."""
+    """Tabulate right and hallucinated answers by category, what each category adds to the errors, and all of them."""
     categories: Mapping[str, Row] = inputs.counts.get("by_category") or {}
-    rows = [_count_row(name or "(no category)", row) for name, row in categories.items()]
-    rows.append(_count_row("all", inputs.counts))
-    header = ("Category", "Right", "Hallucinated", "Answers", "Hallucinated share")
-    return Table(header, tuple(rows), "lrrrr", n_summary=1)
+    wrong = inputs.counts.get("wrong")
+    rows = [_count_row(name or "(no category)", row, wrong) for name, row in categories.items()]
+    rows.append(_count_row("all", inputs.counts, wrong))
+    header = ("Category", "Right", "Hallucinated", "Answers", "Hallucinated share", "Share of all hallucinated")
+    return Table(header, tuple(rows), "lrrrrr", n_summary=1)
 
 
-def _count_row(name: str, row: Row) -> tuple[str, ...]:
+def _count_row(name: str, row: Row, all_wrong: int | None) -> tuple[str, ...]:
     right, wrong = row.get("right"), row.get("wrong")
     total = None if right is None or wrong is None else right + wrong
     share = wrong / total if total else None
-    return name, count(right), count(wrong), count(total), number(share, ".1%")
+    part = wrong / all_wrong if wrong is not None and all_wrong else None
+    return name, count(right), count(wrong), count(total), number(share, ".1%"), number(part, ".1%")
 
 
 def disk_table(inputs: ReportInputs) -> Table:
