@@ -1,4 +1,4 @@
-"""Print how fast a store is written and read, GB/s: `python tests/activations/bench_store.py DIR` (4 GB in DIR)."""
+"""Print how fast a store is written and read, GB/s: `launch/bench [DIR]` (4 GB in DIR, by default runs/bench)."""
 
 import shutil
 import sys

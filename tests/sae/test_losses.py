@@ -1,0 +1,181 @@
+"""The training loss of one layer: values and gradients against finite differences and a torch re-implementation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxsae.config import SaeConfig
+from jaxsae.sae.architectures import SaeParams
+from jaxsae.sae.losses import aux_loss, layer_loss
+
+B, D, F, K = 10, 6, 17, 3
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    W_dec = rng.normal(size=(F, D))
+    params = {
+        "W_enc": 0.3 * rng.normal(size=(D, F)),
+        "b_enc": 0.3 * rng.normal(size=F),
+        "W_dec": W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True),
+        "b_dec": 0.5 * rng.normal(size=D),
+    }
+    acts = rng.normal(size=(B, D)) + 0.5
+    return {name: x.astype(np.float32) for name, x in params.items()}, acts.astype(np.float32)
+
+
+def loss_of(architecture, acts, is_dead=None, **settings):
+    """Return the loss as a function of the weights alone."""
+    config = SaeConfig(architecture=architecture, k=K, n_latents=F, threshold=0.2, **settings)
+    dead = jnp.zeros(F, bool) if is_dead is None else jnp.asarray(is_dead)
+
+    def loss(weights):
+        return layer_loss(
+            SaeParams(**weights), jnp.asarray(acts), jnp.float32(2.5), jnp.float32(config.threshold), dead,
+            config=config, axis=None, with_aux=is_dead is not None,
+        )  # fmt: skip
+
+    return loss
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu_l1"])
+def test_layer_loss__has_the_gradient_of_finite_differences(architecture):
+    weights, acts = inputs()
+    value = jax.jit(lambda weights: loss_of(architecture, acts)(weights)[0])
+    grads = jax.jit(jax.grad(value))(weights)
+    rng = np.random.default_rng(1)
+    for name in NAMES:
+        # So small a step that no latent enters or leaves the kept ones: the loss is smooth along it.
+        direction = rng.normal(size=weights[name].shape).astype(np.float32)
+        moved = [value({**weights, name: weights[name] + sign * 3e-4 * direction}) for sign in (1, -1)]
+        slope = float(jnp.vdot(grads[name], direction))
+        assert (moved[0] - moved[1]) / 6e-4 == pytest.approx(slope, rel=3e-3, abs=4e-3), name
+        assert abs(slope) > 0.01
+
+
+def torch_topk_loss(weights, acts, is_dead, coefficient):
+    """Gao et al. 2024: normalised error, and the dead latents' share of what is left over."""
+    x, dead = torch.from_numpy(acts), torch.from_numpy(is_dead)
+    pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    top, ids = torch.relu(pre).topk(K, dim=-1)
+    recon = torch.zeros_like(pre).scatter(-1, ids, top) @ weights["W_dec"] + weights["b_dec"]
+    error = x - recon
+    loss = (error**2).sum() / (B * 2.5)
+    if coefficient and dead.any():
+        top, ids = pre.masked_fill(~dead, -torch.inf).topk(D // 2, dim=-1)
+        top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
+        left_over = error.detach()
+        from_dead = torch.zeros_like(pre).scatter(-1, ids, top) @ weights["W_dec"]
+        loss = loss + coefficient * ((left_over - from_dead) ** 2).sum() / (left_over**2).sum()
+    return loss
+
+
+def torch_reference_loss(weights, acts):
+    """The published run: JumpReLU with a fixed threshold, mean squared error and a mean absolute activation."""
+    x = torch.from_numpy(acts)
+    pre = torch.nn.functional.linear(x, weights["W_enc"].T, weights["b_enc"])
+    feats = pre * (pre > 0.2).float()
+    recon = torch.nn.functional.linear(feats, weights["W_dec"].T, weights["b_dec"])
+    return torch.nn.functional.mse_loss(recon, x) + 0.05 * feats.abs().mean()
+
+
+def assert_same_as_torch(loss, torch_loss, weights):
+    tensors = {name: torch.from_numpy(x).requires_grad_() for name, x in weights.items()}
+    expected = torch_loss(tensors)
+    expected.backward()
+    (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
+    assert float(value) == pytest.approx(expected.item(), abs=1e-5)
+    for name in NAMES:
+        np.testing.assert_allclose(grads[name], tensors[name].grad.numpy(), atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("n_dead", [0, 2, 9])
+def test_topk_loss__equals_torch__with_none_few_and_many_dead(n_dead):
+    weights, acts = inputs(n_dead)
+    is_dead = np.arange(F) < n_dead
+    loss = loss_of("topk", acts, is_dead, aux_coefficient=0.7)
+    assert_same_as_torch(loss, lambda tensors: torch_topk_loss(tensors, acts, is_dead, 0.7), weights)
+
+
+def test_reference_loss__equals_torch():
+    weights, acts = inputs(4)
+    assert_same_as_torch(loss_of("jumprelu_l1", acts), lambda tensors: torch_reference_loss(tensors, acts), weights)
+
+
+def test_batchtopk_loss__equals_torch():
+    weights, acts = inputs(5)
+
+    def torch_loss(tensors):
+        x = torch.from_numpy(acts)
+        pre = torch.relu((x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"])
+        smallest = pre.detach().flatten().topk(B * K).values[-1]
+        recon = (pre * (pre >= smallest)) @ tensors["W_dec"] + tensors["b_dec"]
+        return ((x - recon) ** 2).sum() / (B * 2.5)
+
+    assert_same_as_torch(loss_of("batchtopk", acts), torch_loss, weights)
+
+
+@jax.jit
+def aux(weights, pre, error, is_dead):
+    return aux_loss(SaeParams(**weights), pre, error, is_dead, axis=None, dtype=jnp.float32)
+
+
+def test_aux_loss__is_a_fraction_of_the_errors_energy():
+    weights, error = inputs(6)
+    pre = error @ weights["W_enc"]
+    is_dead = np.arange(F) % 3 == 0
+    once, scaled = aux(weights, pre, error, is_dead), aux(weights, 7 * pre, 7 * error, is_dead)
+    assert float(once) == pytest.approx(float(scaled), rel=1e-5)
+    assert float(aux(weights, np.zeros_like(pre), error, is_dead)) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_aux_loss__is_zero_where_the_dead_explain_the_error_exactly__whatever_b_dec():
+    weights, _ = inputs(7)
+    is_dead = np.arange(F) < D // 2
+    pre = np.random.default_rng(0).normal(size=(B, F)).astype(np.float32)
+    error = pre[:, is_dead] @ weights["W_dec"][is_dead]
+    for b_dec in (weights["b_dec"], 100 + weights["b_dec"]):
+        assert float(aux(weights | {"b_dec": b_dec}, pre, error, is_dead)) < 1e-12
+
+
+def test_aux_loss__reaches_only_dead_latents_and_not_b_dec():
+    weights, error = inputs(8)
+    is_dead = np.arange(F) % 4 == 1
+
+    def loss(weights):
+        return aux(weights, error @ weights["W_enc"] + weights["b_enc"], error, is_dead)
+
+    grads = jax.jit(jax.grad(loss))(weights)
+    assert not grads["b_dec"].any()
+    for name, rows in (("W_enc", grads["W_enc"].T), ("W_dec", grads["W_dec"]), ("b_enc", grads["b_enc"][:, None])):
+        assert not rows[~is_dead].any(), name
+        assert rows[is_dead].any(axis=-1).all(), name
+
+
+def test_aux_loss__without_dead_latents__is_zero_and_leaves_the_gradient():
+    weights, acts = inputs(9)
+    none_dead = np.zeros(F, bool)
+    plain = jax.jit(jax.grad(loss_of("topk", acts), has_aux=True))(weights)[0]
+    with_aux = jax.jit(jax.grad(loss_of("topk", acts, none_dead, aux_coefficient=0.7), has_aux=True))(weights)[0]
+    for name in NAMES:
+        np.testing.assert_allclose(plain[name], with_aux[name], rtol=1e-6, atol=1e-7)
+    assert float(aux(weights, acts @ weights["W_enc"], acts, none_dead)) == 0
+
+
+def test_layer_loss__counts_what_it_kept():
+    weights, acts = inputs(10)
+    loss, (counts, threshold) = jax.jit(loss_of("topk", acts))(weights)
+    pre = (acts - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    kept = (pre >= np.sort(pre, axis=1)[:, -K:][:, :1]) & (pre > 0)
+    recon = np.where(kept, pre, 0) @ weights["W_dec"] + weights["b_dec"]
+    np.testing.assert_array_equal(counts.fired, kept.sum(axis=0))
+    assert float(counts.n_active) == kept.sum()
+    assert float(counts.squared_error) == pytest.approx(float(((acts - recon) ** 2).sum()), rel=1e-5)
+    assert float(loss) == float(counts.loss)
+    assert float(threshold) == 0
+    assert {field.name for field in dataclasses.fields(counts)} == {"loss", "squared_error", "n_active", "fired"}

@@ -1,0 +1,255 @@
+"""The settings: every shipped config, every check, and the words a user gets when one is wrong."""
+
+import dataclasses
+from pathlib import Path
+
+import ml_collections
+import pytest
+from absl import flags
+
+from jaxsae import config as settings
+from jaxsae.artifacts import InputError
+from jaxsae.features import expand_positions
+
+START = "from jaxsae.config import defaults\ndef get_config():\n    c = defaults()\n"
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def parse(*arguments, config=CONFIGS / "demo.py"):
+    flag_values = flags.FlagValues()
+    rest = settings.parse(flag_values, ["jaxsae", "train", f"--config={config}", *arguments])
+    assert rest == ["jaxsae", "train"]
+    return settings.resolve(flag_values.config)
+
+
+def resolve(**changes):
+    """Resolve the demo's settings with some changed; a dot is written as two underscores."""
+    config = settings.defaults()
+    config.sae.expansion, config.train.epochs = 4.0, 1.0
+    for name, setting in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            config[section][field] = setting
+        else:
+            config[section] = setting
+    return settings.resolve(config)
+
+
+def test_configs__are_the_four_that_are_promised():
+    assert set(SHIPPED) >= {"demo", "gpt2_medium", "gpt2_medium_reference", "gpt2_small"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config__loads_and_resolves(name):
+    resolved = parse(config=CONFIGS / f"{name}.py")
+    assert resolved.model.name
+    assert resolved.tracking.top_k <= resolved.features.keep
+    assert f"--config=configs/{name}.py" in (CONFIGS / f"{name}.py").read_text(encoding="utf-8")
+
+
+def test_reference_config__holds_the_published_hyperparameters():
+    published = {
+        "model.name": "gpt2-medium",
+        "corpus.n_tokens": 10_000_000,
+        "corpus.context": 512,
+        "sae.architecture": "jumprelu_l1",
+        "sae.expansion": 5.0,
+        "sae.n_latents": None,
+        "sae.threshold": 1.0,
+        "sae.l1_coefficient": 0.05,
+        "train.optimizer": "adam",
+        "train.lr": 1e-4,
+        "train.schedule": "cosine",
+        "train.batch": 128,
+        "train.epochs": 20.0,
+        "train.n_tokens": None,
+        "train.clip_norm": 1.0,
+        "train.unit_decoder_every": 100,
+        "train.held_out": 0.05,
+        "tracking.top_k": 50,
+        "tracking.association": "hungarian",
+        "tracking.birth_threshold": 0.5,
+        "tracking.association_threshold": 0.5,
+        "tracking.semantic_weight": 0.6,
+        "tracking.activation_weight": 0.2,
+        "tracking.gate": "after",
+    }
+    flat = parse(config=CONFIGS / "gpt2_medium_reference.py").flat()
+    assert {name: flat[name] for name in published} == published
+
+
+def test_override__changes_one_field_and_leaves_the_others():
+    plain, changed = parse().flat(), parse("--config.train.lr=0.25", "--config.tracking.gate=after").flat()
+    assert {name for name in plain if plain[name] != changed[name]} == {"train.lr", "tracking.gate"}
+    assert (changed["train.lr"], changed["tracking.gate"]) == (0.25, "after")
+
+
+def test_override__reads_a_tuple():
+    resolved = parse("--config.features.positions=('last_answer','answer_tokens')")
+    assert resolved.features.positions == ("last_answer", "answer_tokens")
+
+
+def test_override__none_unsets_a_field():
+    resolved = parse("--config.train.n_tokens=none", "--config.train.epochs=2", "--config.train.lr=none")
+    assert (resolved.train.n_tokens, resolved.train.epochs, resolved.train.lr) == (None, 2.0, None)
+
+
+def test_override__of_a_field_that_cannot_be_unset_names_those_that_can():
+    with pytest.raises(InputError, match=r"train\.batch cannot be unset; those that can are .*train\.lr"):
+        parse("--config.train.batch=none")
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"),
+    [
+        ("train.lrr=3", "train.lr"),
+        ("trian.lr=3", "train.lr"),
+        ("sede=3", "seed"),
+        ("features.kept=3", "features.keep"),
+        ("features.kept=none", "features.keep"),
+    ],
+)
+def test_override__of_an_unknown_field_names_the_nearest(asked, nearest):
+    name = asked.partition("=")[0]
+    if asked.endswith("=none"):
+        with pytest.raises(InputError, match=rf"{name} cannot be unset; those that can are"):
+            parse(f"--config.{asked}")
+        return
+    with pytest.raises(InputError, match=rf"--config\.{name} is no setting; the nearest is --config\.{nearest}$"):
+        parse(f"--config.{asked}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.train.batch=many", r"--config\.train\.batch=many: .*'many'"),
+        ("--config.train.batch=1.5", r"--config\.train\.batch=1\.5"),
+        ("--config.train.lr=fast", r"--config\.train\.lr=fast"),
+        ("--config.tracking.normalise_activations=perhaps", r"normalise_activations=perhaps"),
+        ("--config.train=3", r"--config\.train=3"),
+        ("--confg=3", r"[Uu]nknown.*confg"),
+    ],
+)
+def test_override__of_a_wrong_type_names_field_and_value(argument, words):
+    with pytest.raises(InputError, match=words) as error:
+        parse(argument)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(:\n", "invalid syntax"),
+        ("import a_module_that_is_not_there\n", "a_module_that_is_not_there"),
+        ("def get_config():\n    return nothing\n", "'nothing' is not defined"),
+        ("def get_config():\n    return {}\n", r"get_config\(\) returned dict, expected jaxsae\.config\.defaults\(\)"),
+        (
+            START + "    c.train.batch = 'x'\n    return c\n",
+            "'batch'.*x is of original type",
+        ),
+        (
+            START + "    c.train.lrr = 3\n    return c\n",
+            r"sets train\.lrr, which is no setting; the nearest is train\.lr$",
+        ),
+        (
+            START + "    c.sede = 3\n    return c\n",
+            r"sets sede, which is no setting; the nearest is seed$",
+        ),
+        (
+            START + "    del c.train['lr']\n    return c\n",
+            r"without train\.lr; start from jaxsae\.config\.defaults\(\)",
+        ),
+    ],
+)
+def test_config_file__that_cannot_be_used_says_why_in_one_line(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=words) as error:
+        parse(config=path)
+    assert "\n" not in str(error.value)
+
+
+def test_config_file__that_is_missing_is_named(tmp_path):
+    with pytest.raises(InputError, match=rf"--config={tmp_path}/nope\.py is not a file"):
+        parse(config=tmp_path / "nope.py")
+
+
+@pytest.mark.parametrize("name", list(settings._CHOICES))
+def test_check__names_a_choice_that_is_none(name):
+    field = name.replace(".", "__")
+    choices = ", ".join(settings._CHOICES[name])
+    with pytest.raises(InputError, match=rf"{name} is 'something', expected one of {choices}$"):
+        resolve(**{field: "something"})
+
+
+@pytest.mark.parametrize("name", list(settings._AT_LEAST))
+def test_check__names_a_value_below_the_least(name):
+    least = settings._AT_LEAST[name]
+    low = least - 1 if isinstance(least, int) else least / 2
+    alone = {"sae__n_latents": {"sae__expansion": None}, "train__n_tokens": {"train__epochs": None}}
+    field = name.replace(".", "__")
+    with pytest.raises(InputError, match=rf"^{name} is {low}(\.0)?, expected at least {least}$"):
+        resolve(**alone.get(field, {}), **{field: low})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__held_out": 1.0}, r"train\.held_out is 1\.0, expected a share below 1"),
+        ({"corpus__context": 96}, r"corpus\.context is 96, expected a power of two up to 4096"),
+        ({"corpus__context": 8192}, r"corpus\.context is 8192, expected a power of two up to 4096"),
+        ({"sae__n_latents": 7}, r"sae\.n_latents or sae\.expansion, one of the two; both are set \(7, 4\.0\)"),
+        ({"sae__expansion": None}, r"sae\.n_latents or sae\.expansion, one of the two; neither is set"),
+        ({"train__n_tokens": 7}, r"train\.epochs or train\.n_tokens, one of the two; both are set \(1\.0, 7\)"),
+        ({"train__epochs": None}, r"train\.epochs or train\.n_tokens, one of the two; neither is set"),
+        ({"tracking__top_k": 51}, r"tracking\.top_k is 51 but features\.keep is 50"),
+        ({"tracking__position": "first_answer"}, r"tracking\.position is first_answer, which features\.positions"),
+        ({"features__positions": ("last_answr",)}, r"features\.positions holds last_answr, expected names among"),
+        ({"features__positions": ()}, r"features\.positions holds nothing, expected names among"),
+        ({"train__lr": float("nan")}, r"train\.lr is nan, expected at least 0"),
+    ],
+)
+def test_check__names_fields_that_contradict_each_other(changes, words):
+    with pytest.raises(InputError, match=words):
+        resolve(**changes)
+
+
+def test_positions__are_those_that_the_features_know():
+    assert expand_positions(settings._POSITIONS, 1)
+    for name in settings._POSITIONS:
+        resolve(features__positions=(name, "last_answer"))
+
+
+def test_resolve__refuses_settings_that_did_not_start_from_the_defaults():
+    with pytest.raises(InputError, match=r"without activations\.batch; start from jaxsae\.config\.defaults\(\)"):
+        settings.resolve(ml_collections.ConfigDict({"seed": 0}))
+
+
+def test_defaults__hold_every_field_once_at_its_default():
+    flat = resolve().flat()
+    assert list(flat) == list(settings._FIELDS)
+    assert flat["train.clip_norm"] == 1.0
+    assert flat["model.path"] is None
+
+
+def test_select__takes_whole_sections_and_single_fields():
+    resolved = resolve(tracking__top_k=9)
+    assert resolved.select("tracking.top_k", "mesh", "seed") == {
+        "tracking.top_k": 9,
+        "mesh.layer": None,
+        "mesh.data": 1,
+        "seed": 0,
+    }
+    assert resolved.select("train.batch") == {"train.batch": 4096}  # and not train.batch_of_something
+
+
+def test_describe__names_every_field_with_its_default():
+    text = settings.describe(*settings.SECTIONS, "seed")
+    for name, section in settings.SECTIONS.items():
+        for field in dataclasses.fields(section):
+            assert f"  --config.{name}.{field.name} (" in text
+    assert "--config.train.lr (unset): peak learning rate" in text
+    assert "--config.sae.k (32)" in text
+    assert r"--config.questions.prompt (Q: {question}\nA:): " in text
+    assert "seed (0)" in text

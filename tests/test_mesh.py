@@ -1,0 +1,182 @@
+"""Meshes, moves on and off the devices, and two processes that train like one."""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxsae import mesh as meshes
+from jaxsae import sae
+from jaxsae.artifacts import InputError
+
+SCRIPT = Path(__file__).parent / "sae" / "tiny_run.py"
+tiny_run = runpy.run_path(str(SCRIPT))
+LIMIT = 120  # seconds a run of two processes may take on a loaded machine
+
+
+def test_make_mesh__takes_no_more_devices_than_layers_unless_told():
+    assert dict(meshes.make_mesh(5).shape) == {"layer": 5, "data": 1}
+    assert dict(meshes.make_mesh(24).shape) == {"layer": 8, "data": 1}
+    assert dict(meshes.make_mesh(24, data=3).shape) == {"layer": 2, "data": 3}
+    assert dict(meshes.make_mesh(1, layer=2, data=4).shape) == {"layer": 2, "data": 4}
+
+
+def test_make_mesh__of_more_devices_than_there_are__says_how_many():
+    with pytest.raises(InputError, match=r"mesh.layer 4 x mesh.data 3 needs 12 devices, 8 are here"):
+        meshes.make_mesh(5, layer=4, data=3)
+    with pytest.raises(InputError, match=r"mesh.layer 1 x mesh.data 9 needs 9 devices, 8 are here"):
+        meshes.make_mesh(5, data=9)
+
+
+def test_make_mesh__of_several_processes__leaves_no_device_idle(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=r"mesh.layer 3 x mesh.data 1 uses 3 of 8 devices; with several processes"):
+        meshes.make_mesh(3)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"JAXSAE_COORDINATOR": "host:1"},
+        {"JAXSAE_PROCESSES": "2", "JAXSAE_PROCESS": "0"},
+        {"JAXSAE_COORDINATOR": "host:1", "JAXSAE_PROCESSES": "two", "JAXSAE_PROCESS": "0"},
+    ],
+)
+def test_start_processes__with_half_of_the_variables__says_which_are_there(environment):
+    value = next(iter(environment.values()))
+    with pytest.raises(InputError, match=rf"set JAXSAE_COORDINATOR, .* together, two numbers last; found .*{value}"):
+        meshes.start_processes(environment)
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_NTASKS": "4"}])
+def test_start_processes__of_one_process__joins_nobody(environment, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: pytest.fail("joined"))
+    meshes.start_processes(environment)
+
+
+def test_start_processes__takes_the_variables_or_the_clusters_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: calls.append(args))
+    named = {"JAXSAE_COORDINATOR": "host:1", "JAXSAE_PROCESSES": "3", "JAXSAE_PROCESS": "2"}
+    meshes.start_processes(named | {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"})
+    meshes.start_processes({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"})
+    assert calls == [("host:1", 3, 2), ()]
+
+
+def fake_mesh(owners):
+    """Return a mesh whose devices belong to the given processes [layer, data]; this one is process 0."""
+    devices = np.array([[SimpleNamespace(process_index=owner) for owner in row] for row in owners])
+    return mock.Mock(spec=Mesh, devices=devices, shape={"layer": len(owners), "data": len(owners[0])})
+
+
+@pytest.mark.parametrize(
+    ("owners", "n_layers", "expected"),
+    [
+        ([[0], [1]], 5, (0, 3)),
+        ([[1], [0]], 5, (3, 5)),
+        ([[1], [1], [1], [0]], 5, (4, 5)),  # only padding is left: the last layer, to repeat
+        ([[0, 1]], 3, (0, 3)),
+        ([[0], [1], [0]], 3, (0, 3)),
+    ],
+)
+def test_local_layers__are_those_of_this_processs_rows(owners, n_layers, expected):
+    found = meshes.local_layers(n_layers, fake_mesh(owners))
+    assert (found.start, found.stop) == expected
+
+
+@pytest.mark.parametrize(("layer", "data"), [(1, 1), (2, 4), (8, 1)])
+def test_put_batch__repeats_the_last_layer_up_to_the_mesh(layer, data):
+    mesh = meshes.make_mesh(5, layer=layer, data=data)
+    acts = np.random.default_rng(0).normal(size=(5, 8, 3)).astype(np.float32)
+    placed = meshes.put_batch(acts, slice(0, 5), 5, mesh)
+    padded = acts[np.minimum(np.arange(-(-5 // layer) * layer), 4)]
+    np.testing.assert_array_equal(placed, padded)
+    assert placed.sharding.shard_shape(placed.shape) == (len(padded) // layer, 8 // data, 3)
+    np.testing.assert_array_equal(meshes.pad_layers(acts, mesh), padded)
+    assert meshes.padded_layers(5, mesh) == len(padded)
+
+
+def test_put_rows_and_layers__spread_along_their_own_axis():
+    mesh = meshes.make_mesh(4, layer=2, data=4)
+    weights = meshes.put_rows(np.arange(8, dtype=np.float32), mesh)
+    assert weights.sharding.shard_shape(weights.shape) == (2,)
+    tree = meshes.put_layers({"a": np.arange(12).reshape(4, 3), "b": np.arange(4)}, mesh)
+    assert tree["a"].sharding.shard_shape((4, 3)) == (2, 3)
+    fetched = meshes.fetch(tree)
+    np.testing.assert_array_equal(fetched["a"], np.arange(12).reshape(4, 3))
+    assert all(isinstance(x, np.ndarray) for x in fetched.values())
+
+
+def test_one_process__agrees_with_itself():
+    rows = np.arange(6).reshape(3, 2)
+    assert meshes.gather_layers(rows, slice(0, 3), 3) is rows
+    assert meshes.global_any(True) is True
+    assert meshes.global_any(False) is False
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_two(folder, options):
+    """Start training in two processes of one device each."""
+    names = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAXSAE_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "JAXSAE_PROCESSES": "2",
+    }
+    command = [sys.executable, str(SCRIPT), str(folder), *(f"{name}={setting}" for name, setting in options.items())]
+    return [
+        subprocess.Popen(command, env=os.environ | names | {"JAXSAE_PROCESS": index}, stderr=subprocess.PIPE, text=True)
+        for index in "01"
+    ]
+
+
+def finish(processes):
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=LIMIT)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def facts(folder, process):
+    return json.loads((folder / f"facts_{process}.json").read_text())
+
+
+def assert_close(found, expected):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), found, expected)
+
+
+@pytest.mark.timeout(2 * LIMIT)
+@pytest.mark.parametrize(("layer", "data", "layers"), [(2, 1, [[0, 2], [2, 3]]), (1, 2, [[0, 3], [0, 3]])])
+def test_train__in_two_processes__equals_one(tmp_path, layer, data, layers):
+    one, two, options = tmp_path / "one", tmp_path / "two", {"layer": layer, "data": data, "total": 8}
+    processes = start_two(two, options)
+    tiny_run["main"](one, **options)
+    finish(processes)
+    for which in ("best", "last"):
+        assert_close(sae.load(two / "saes", which=which), sae.load(one / "saes", which=which))
+    for process in (0, 1):
+        own = facts(two, process)
+        assert own["layers"] == layers[process]
+        for name in ("best", "gathered", "fetched"):
+            assert_close(own[name], facts(one, 0)[name])
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (two, one)]
+    assert [row["step"] for row in rows[0]] == [4, 8]
+    assert_close(*rows)
