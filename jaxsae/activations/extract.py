@@ -32,11 +32,16 @@ _POLL_SECONDS = 0.1
 class ResidualModel(Protocol):
     """What `extract` needs of a language model."""
 
-    name: str
-    fingerprint: str
-    n_layers: int
-    d_model: int
-    n_positions: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def n_positions(self) -> int: ...
 
     def residuals(self, token_ids: Int[np.ndarray, "B T"]) -> Float[Array, "L B T D"]:
         """Return the residual stream after every block."""

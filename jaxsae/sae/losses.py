@@ -4,6 +4,7 @@ The shares of all shards add up to the loss, and their gradients to its gradient
 sum of gradients and equals the unsharded one.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -58,7 +59,7 @@ def layer_loss(
     """
     arch = architecture(config.architecture)
     n_rows = acts.shape[0] * (1 if axis is None else lax.axis_size(axis))
-    pre = pre_activations(params, acts, centres_input=arch.centres_input, dtype=dtype)
+    pre = _pre_activations(params, acts, centres_input=arch.centres_input, dtype=dtype)
     feats, threshold = arch.encode_train(pre, config.k, threshold, axis)
     error = acts - decode(params, feats, dtype=dtype)
     squared_error = jnp.sum(error**2)
@@ -77,6 +78,22 @@ def layer_loss(
         fired=is_active.sum(axis=0),
     )
     return loss, (counts, threshold)
+
+
+def _pre_activations(
+    params: SaeParams, acts: Float[Array, "B D"], *, centres_input: bool, dtype: DTypeLike
+) -> Float[Array, "B F"]:
+    """Return the pre-activations, with a cheap gradient for b_dec.
+
+    Through acts - b_dec it would be a product of B D F operations, summed over B. It is the same to sum first.
+    """
+    if not centres_input:
+        return pre_activations(params, acts, centres_input=False, dtype=dtype)
+    fixed = dataclasses.replace(params, b_dec=lax.stop_gradient(params.b_dec))
+    zero = fixed.b_dec - params.b_dec
+    return pre_activations(fixed, acts, centres_input=True, dtype=dtype) + dot(
+        zero, lax.stop_gradient(params.W_enc), dtype
+    )
 
 
 def aux_loss(
