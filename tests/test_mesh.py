@@ -6,6 +6,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -146,10 +147,15 @@ def start_two(folder, options):
 
 
 def finish(processes):
+    """Wait for both; where one fails, the other would wait for it."""
+    deadline = time.monotonic() + LIMIT
     try:
+        while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         for process in processes:
-            _, errors = process.communicate(timeout=LIMIT)
-            assert process.returncode == 0, errors
+            if process.poll() is not None:
+                assert process.returncode == 0, process.stderr.read()
     finally:
         for process in processes:
             process.kill()

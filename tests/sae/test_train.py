@@ -116,6 +116,7 @@ def test_train__on_non_finite_activations__names_step_and_layer__and_keeps_the_c
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(resumed.state.params)))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_train__on_non_finite_held_out_activations__names_step_and_layer(tmp_path):
     class SpoiledHeldOut(PlantedSource):
         def held_out_batches(self, batch):
