@@ -6,10 +6,10 @@ the rows are other folders' work.
 """
 
 from jaxsae.activations.extract import ResidualModel, extract
+from jaxsae.activations.source import StoreSource
 from jaxsae.activations.store import (
     Store,
     StoreMeta,
-    StoreSource,
     check_disk,
     create,
     open,

@@ -13,7 +13,7 @@ import pytest
 import tensorstore as ts
 
 from jaxsae import activations, artifacts
-from jaxsae.activations import store as stores
+from jaxsae.activations import source
 from jaxsae.artifacts import InputError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -349,5 +349,5 @@ def test_write_shard__stops_on_a_full_disk_and_counts_only_whole_shards(tmp_path
 
 def test_dropped_rows__are_position_0_and_bos():
     ids = np.array([5, 1, 2, 7, 5, 3], np.int32)
-    assert stores.dropped_rows(ids, 3, bos_id=5).tolist() == [True, False, False, True, True, False]
-    assert stores.dropped_rows(ids, 3, bos_id=None).tolist() == [True, False, False, True, False, False]
+    assert source.dropped_rows(ids, 3, bos_id=5).tolist() == [True, False, False, True, True, False]
+    assert source.dropped_rows(ids, 3, bos_id=None).tolist() == [True, False, False, True, False, False]
