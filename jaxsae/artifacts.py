@@ -13,6 +13,7 @@ The axis letters of the whole code base:
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import json
@@ -30,6 +31,7 @@ from jaxtyping import Float, Int
 from jaxsae import __version__
 
 FORMAT_VERSION = 1
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit on file sizes
 PACKAGE_SCHEME = "package://"
 RESID_POSITIONS = ("last_prompt", "last_answer", "answer_mean")
 OVERFLOW_BYTES = 2 * 10**9  # a `resid` larger than this lies in a tensorstore beside features.npz

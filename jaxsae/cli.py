@@ -3,7 +3,6 @@
 Exit codes: 0 done; 2 bad input, in one line on stderr; 130 or 143 interrupted, and the same command goes on.
 """
 
-import errno
 import logging as standard_logging
 import os
 import shlex
@@ -28,7 +27,6 @@ _SECTIONS = {
     "detect": ("detection", "seed"),
     "evaluate": ("report",),
 }
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _USAGE = "jaxsae COMMAND --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]"
 _FLAGS = """\
   --config=FILE                 the run's settings; configs/ holds those that are shipped
@@ -51,7 +49,7 @@ def run(argv: list[str]) -> int:
     if wants_help or len(argv) == 1 or words[:1] == ["help"]:
         print(help_text(*[word for word in words if word in COMMANDS][:1]))
         return 0
-    from jaxsae.artifacts import InputError
+    from jaxsae.artifacts import DISK_FULL, InputError
     from jaxsae.pipeline.stages import Interruption
 
     try:
@@ -59,7 +57,7 @@ def run(argv: list[str]) -> int:
     except InputError as error:
         return _fail(str(error))
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         return _fail(f"{error}; what was finished before is whole: free some space and run the same command again")
     except Interruption as interruption:

@@ -29,7 +29,7 @@ def human_bytes(count: int | float) -> str:
 
 def human_seconds(seconds: int | float) -> str:
     """Return a duration such as "4.2 s", "3 min 20 s" or "15 h 46 min"."""
-    if seconds < 60:
+    if seconds < 59.95:  # rounds to less than a minute
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -12,7 +12,6 @@ tensorstore.
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -32,7 +31,8 @@ from absl import logging
 from jaxtyping import BFloat16, Int
 
 from jaxsae import __version__, artifacts
-from jaxsae.artifacts import InputError
+from jaxsae.artifacts import DISK_FULL, InputError
+from jaxsae.progress import human_bytes
 
 COMPRESSIONS = ("raw", "blosc")
 SHARD_TOKENS = 4096
@@ -41,7 +41,6 @@ REBUILD = "run jaxsae extract"
 _INDEX_CACHE_BYTES = 64 * 2**20  # the shard indices of 10 M tokens of 24 layers take 30 MB
 _READS_IN_FLIGHT = 8  # with more, tensorstore's own buffers grow and their page faults take twice the time of a read
 _DISK_MARGIN = 0.05  # share of the needed bytes that must stay free besides: file system blocks, logs, later stages
-_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,10 +337,10 @@ def check_disk(dir: str | os.PathLike, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed * (1 + _DISK_MARGIN):
         raise InputError(
-            f"{dir} needs {_human(needed)} and 5 % to spare, the disk has {_human(free)} free; free some, "
+            f"{dir} needs {human_bytes(needed)} and 5 % to spare, the disk has {human_bytes(free)} free; free some, "
             "lower corpus.n_tokens, use another --workdir, or set activations.source=stream"
         )
-    logging.info("%s needs %s, the disk has %s free", dir, _human(needed), _human(free))
+    logging.info("%s needs %s, the disk has %s free", dir, human_bytes(needed), human_bytes(free))
 
 
 def _array_spec(dir: Path, meta: StoreMeta) -> dict[str, Any]:
@@ -422,23 +421,15 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:
-        if error.errno not in _DISK_ERRNOS:
+        if error.errno not in DISK_FULL:
             raise
         raise InputError(f"{path} could not be written: {error.strerror}; {advice}") from None
     except ValueError as error:  # tensorstore raises nothing else; the status is in the text
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None or int(code[1]) not in _DISK_ERRNOS:
+        if code is None or int(code[1]) not in DISK_FULL:
             raise
         raise InputError(f"{path} could not be written: {os.strerror(int(code[1]))}; {advice}") from None
 
 
 def _one_line(error: ValueError) -> str:
     return json.dumps(str(error).split("[tensorstore_spec")[0][:300])[1:-1]
-
-
-def _human(n_bytes: int | float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.4g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.4g} TB"

@@ -24,8 +24,8 @@ def run(config: RunConfig, context: Context) -> None:
     contexts, bos_id = tokenise(config.corpus, lm)
     needed = activations.required_bytes(lm.n_layers, contexts.size, lm.d_model)
     logging.info(
-        "%d contexts of %d tokens (%d tokens, each context starts with BOS %d); %d layers of width %d need %s on disk",
-        *contexts.shape, contexts.size, bos_id, lm.n_layers, lm.d_model, human_bytes(needed),
+        "%d contexts of %d tokens (%d tokens, each context starts with BOS %d); %d layers of width %d",
+        *contexts.shape, contexts.size, bos_id, lm.n_layers, lm.d_model,
     )  # fmt: skip
     with (
         context.stop.polled() as should_stop,

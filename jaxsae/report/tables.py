@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsae.progress import human_bytes, human_seconds
 from jaxsae.report.markup import Code, Inline, Table, clean
 
 Row = Mapping[str, Any]
@@ -116,22 +117,12 @@ def interval(row: Row, text: Callable[[Any], str] = number) -> str:
 
 def byte_size(value: Any) -> str:
     """Return a size such as 1.4 MiB, or `–`."""
-    if not known(value):
-        return ABSENT
-    if value < 1024:
-        return f"{int(value)} B"
-    power = min(int(math.log2(value) // 10), 5)
-    return f"{value / 1024**power:.1f} {' KMGTP'[power]}iB"
+    return human_bytes(value) if known(value) else ABSENT
 
 
 def duration(seconds: Any) -> str:
     """Return a time such as 12.3 s, 3 min 05 s or 1 h 02 min, or `–`."""
-    if not known(seconds):
-        return ABSENT
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return human_seconds(seconds) if known(seconds) else ABSENT
 
 
 def quality_band(fvu: Any) -> str | None:

@@ -251,7 +251,7 @@ def test_extract__refuses_what_it_cannot_do(tmp_path, shape, change, message):
 
 def test_extract__refuses_a_disk_too_small_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**6))
-    with pytest.raises(InputError, match=r"needs 1\.\d+ MB and 5 % to spare, the disk has 1 MB free"):
+    with pytest.raises(InputError, match=r"needs 1\.\d MiB and 5 % to spare, the disk has 976\.6 KiB free"):
         activations.extract(TinyLM(), make_contexts(N, CONTEXT), tmp_path / "a", **OPTIONS)
     assert not (tmp_path / "a").exists()
 

@@ -131,7 +131,7 @@ def test_required_bytes__is_what_a_raw_store_takes(tmp_path):
 def test_check_disk__refuses_with_both_amounts(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 104 * 10**7))
     activations.check_disk(tmp_path / "not" / "there", 99 * 10**7)
-    with pytest.raises(InputError, match=r"needs 1 GB and 5 % to spare, the disk has 1\.04 GB free"):
+    with pytest.raises(InputError, match=r"needs 953\.7 MiB and 5 % to spare, the disk has 991\.8 MiB free"):
         activations.check_disk(tmp_path / "not" / "there", 10**9)
 
 
