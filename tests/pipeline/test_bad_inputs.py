@@ -89,7 +89,7 @@ def test_context_beyond_the_models__is_refused(fresh, refuses):
 def test_store_beyond_the_disk__is_refused_before_the_first_write(fresh, refuses, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20 * 2**20))
-    refuses(fresh, "extract", r"activations needs 25\.\d+ MB.*20\.97 MB")
+    refuses(fresh, "extract", r"activations needs 24\.\d MiB.*20\.0 MiB")
     assert not fresh.workdir.exists()
 
 
