@@ -24,6 +24,9 @@ from jaxsae.report.tables import (
     values,
 )
 
+SETTLED = 0.1  # share of the FVU that the second half of the training may still take; ours, by convention
+MOST_DEAD = 0.1
+
 
 def missing(what: str, stage: str) -> Verdict:
     """Say that a part of the report is not there, and which stage makes it."""
@@ -78,10 +81,11 @@ def _answers_sentence(counts: Row) -> str:
 
 
 def executive_summary(inputs: ReportInputs) -> tuple[Verdict, ...]:
-    """Judge the run: phases, SAEs, detection, canary, and what the tracks add."""
+    """Judge the run: phases, SAEs, their training's budget, detection, canary, and what the tracks add."""
     return (
         phases_verdict(inputs),
         sae_verdict(inputs),
+        budget_verdict(inputs),
         detection_verdict(inputs),
         canary_verdict(inputs),
         tracks_verdict(inputs),
@@ -121,6 +125,41 @@ def sae_verdict(inputs: ReportInputs) -> Verdict:
     band = quality_band(worst["fvu"])
     state = {"excellent": "good", "good": "good", "fair": "open", "poor": "bad"}[str(band)]
     return Verdict(state, f"SAE quality: {band} at the worst layer", " ".join(sentences))
+
+
+def budget_verdict(inputs: ReportInputs) -> Verdict:
+    """Judge whether the SAEs had tokens enough, by what the second half of the training still gave.
+
+    The budget sufficed if the second half lowered the held-out FVU, averaged over the layers, by less than
+    `SETTLED` of itself and no layer has more than `MOST_DEAD` dead latents. The learning rate falls in the last fifth,
+    which lowers the FVU on its own, so the verdict errs towards asking for more.
+    """
+    curve = _mean_curve(inputs)
+    if len(curve) < 3:
+        return missing("Training budget", "train, with a smaller train.evaluate_every: fewer than 3 evaluations")
+    end, last = curve[-1]
+    middle, half = min(curve[:-1], key=lambda point: abs(point[0] - end / 2))
+    fallen = (half - last) / half if half > 0 else 0.0
+    dead = max(values(inputs.sae, "dead"), default=0.0)
+    text = f"From {count(middle)} to {count(end)} tokens the mean held-out FVU went from {half:.4f} to {last:.4f}, "
+    text += f"{abs(fallen):.0%} {'down' if fallen >= 0 else 'up'}; dead latents at most {dead:.1%}. "
+    if dead > MOST_DEAD:
+        return Verdict(
+            "open", "Training budget: latents were left unused", text + "Train longer, or with fewer latents."
+        )
+    if fallen >= SETTLED:
+        return Verdict("open", "Training budget: more tokens would help", text + "The SAEs were still improving.")
+    return Verdict("good", "Training budget: sufficient", text + "More tokens would change little.")
+
+
+def _mean_curve(inputs: ReportInputs) -> list[tuple[int, float]]:
+    """Return (tokens, FVU averaged over the layers) of each evaluation that measured every layer."""
+    by_tokens: dict[int, list[float]] = {}
+    for row in inputs.history:
+        if known(row.get("fvu")):
+            by_tokens.setdefault(row["tokens"], []).append(row["fvu"])
+    n_layers = max(map(len, by_tokens.values()), default=0)
+    return [(tokens, float(np.mean(fvus))) for tokens, fvus in sorted(by_tokens.items()) if len(fvus) == n_layers]
 
 
 def _pca_sentence(inputs: ReportInputs) -> list[str]:

@@ -80,6 +80,42 @@ def test_sae_verdict__counts_the_layers_below_pca(make_inputs):
     assert "PCA with 8 components leaves 0.0200 to 0.3000; the SAE leaves less on 1 of 2 layers." in text
 
 
+def curve(*fvus: float, n_layers: int = 2) -> list[dict]:
+    """Evaluations after 100, 200, ... tokens; the layers differ by 0.02."""
+    return [
+        {"tokens": 100 * (i + 1), "layer": layer, "fvu": fvu + 0.02 * layer - 0.01}
+        for i, fvu in enumerate(fvus)
+        for layer in range(n_layers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fvus", "dead", "state", "words"),
+    [
+        (
+            (0.3, 0.2, 0.19, 0.181),
+            0.02,
+            "good",
+            "From 200 to 400 tokens the mean held-out FVU went from 0.2000 to 0.1810",
+        ),
+        ((0.3, 0.2, 0.19, 0.18), 0.02, "open", "10% down; dead latents at most 2.0%. The SAEs were still improving."),
+        ((0.3, 0.2, 0.19, 0.181), 0.11, "open", "Train longer, or with fewer latents."),
+        ((0.3, 0.2, 0.21, 0.22), 0.02, "good", "10% up"),
+        ((0.3, 0.2), 0.02, "missing", "fewer than 3 evaluations"),
+        ((), 0.02, "missing", "fewer than 3 evaluations"),
+    ],
+)
+def test_budget_verdict__asks_what_the_second_half_gave(make_inputs, fvus, dead, state, words):
+    inputs = make_inputs(history=curve(*fvus), sae=[{"layer": 0, "dead": 0.0}, {"layer": 1, "dead": dead}])
+    verdict = verdicts.budget_verdict(inputs)
+    assert (verdict.state, words in verdict.text) == (state, True), verdict
+
+
+def test_budget_verdict__leaves_out_evaluations_that_lack_a_layer(make_inputs):
+    torn = [*curve(0.3, 0.2, 0.19, 0.181), {"tokens": 500, "layer": 0, "fvu": 0.01}]
+    assert "to 400 tokens" in verdicts.budget_verdict(make_inputs(history=torn)).text
+
+
 def test_depth_sentence__compares_early_and_late(make_inputs):
     def rows(*fvus):
         return [{"layer": layer, "fvu": fvu} for layer, fvu in enumerate(fvus)]
@@ -101,8 +137,9 @@ def test_phases_verdict__names_the_missing_ones(make_inputs):
 
 def test_executive_summary__of_an_empty_run_says_what_to_run():
     found = [(verdict.state, verdict.text) for verdict in verdicts.executive_summary(EMPTY)]
+    assert found[2] == ("missing", verdicts.budget_verdict(EMPTY).text)
     stages = ["run", "train", "detect", "detect", "detect"]
-    assert found == [("missing", f"not available: run jaxsae {stage}") for stage in stages]
+    assert found[:2] + found[3:] == [("missing", f"not available: run jaxsae {stage}") for stage in stages]
 
 
 def test_overview__leaves_out_what_is_not_known(make_inputs):
