@@ -28,10 +28,11 @@ def _field(default: Any, doc: str) -> Any:
 class ModelConfig:
     """The language model whose residual stream is read."""
 
-    name: str = _field("", "Hugging Face name, such as gpt2-medium; also how the run calls a model given by path")
-    path: str | None = _field(None, "local folder, or package://PACKAGE/FOLDER; read instead of the hub")
+    name: str = _field("", "Hugging Face name (also OWNER/MODEL:FILE.gguf); how the run calls a model given by path")
+    path: str | None = _field(None, "folder or .gguf file, or package://PACKAGE/PATH of one; read instead of the hub")
     revision: str | None = _field(None, "commit of the hub's repository; unset takes the newest and records it")
     dtype: str = _field("bfloat16", "float32 (exact) or bfloat16 (operands; dots and residual stream stay float32)")
+    sharding: str = _field("replicated", "replicated: on one device; split: matrices in parts over all of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,23 @@ class MeshConfig:
 class QuestionsConfig:
     """The questions put to the language model (lane B)."""
 
-    path: str | None = _field(None, "JSONL with id, question, answers, group and, if it likes, category")
-    format: str = _field("jsonl", "jsonl")
-    prompt: str = _field("Q: {question}\nA:", "the prompt; {question} is replaced")
-    stop: tuple[str, ...] = _field(("\n",), "an answer ends before the first token that holds one of these")
+    path: str | None = _field(None, "file of questions: .jsonl, .csv, .tsv, or a published set's (see format)")
+    name: str | None = _field(None, "published set, downloaded (sha256 checked) when path is unset; see format")
+    format: str = _field(
+        "auto",
+        "jsonl, csv (columns id, question, answers, group, category, ...), truthfulqa, halueval, triviaqa, nq_open, "
+        "popqa or known_1000; auto: that of name, else by the file's ending",
+    )
+    columns: tuple[str, ...] = _field((), "of jsonl and csv: FIELD=COLUMN where columns have other names")
+    n_questions: int | None = _field(None, "questions to ask, taken evenly from the set; unset asks all")
+    prompt: str = _field("auto", "the prompt; {question} and {knowledge} are replaced; auto: the format's own")
+    shots: int | None = _field(None, "worked examples in the format's own prompt; unset: its own number, in a chat 0")
+    chat: bool = _field(False, "ask through the tokenizer's chat template; the prompt is the user's message")
+    stop: tuple[str, ...] = _field(
+        ("auto",), "an answer ends before the first token that holds one of these; auto: the format's own"
+    )
+    answers: str = _field("own", "own: the model's greedy answers; given: the set's right and wrong one (a diagnostic)")
+    refusals: str = _field("drop", "answers such as I don't know: drop (leave out, counted) or wrong (hallucinated)")
     max_new_tokens: int = _field(16, "longest answer, tokens")
     batch: int = _field(64, "prompts in one forward pass")
 
@@ -196,14 +210,19 @@ SECTIONS: dict[str, type] = {
 }
 
 _POSITIONS = ("last_prompt", "first_answer", "last_answer", "answer_mean", "answer_max", "answer_tokens")
+QUESTION_SETS = ("truthfulqa", "halueval", "triviaqa", "nq_open", "popqa", "known_1000")
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.sharding": ("replicated", "split"),
     "activations.source": ("store",),
     "activations.compression": ("raw", "blosc"),
     "sae.architecture": ("topk", "batchtopk", "jumprelu_l1"),
     "train.optimizer": ("adam",),
     "train.schedule": ("linear", "cosine"),
-    "questions.format": ("jsonl",),
+    "questions.name": QUESTION_SETS,
+    "questions.format": ("auto", "jsonl", "csv", *QUESTION_SETS),
+    "questions.answers": ("own", "given"),
+    "questions.refusals": ("drop", "wrong"),
     "tracking.association": ("hungarian", "greedy", "feature_id", "none"),
     "tracking.gate": ("before", "after"),
 }
@@ -235,6 +254,8 @@ _AT_LEAST = {
     "train.checkpoint_every": 1,
     "mesh.layer": 1,
     "mesh.data": 1,
+    "questions.n_questions": 1,
+    "questions.shots": 0,
     "questions.max_new_tokens": 1,
     "questions.batch": 1,
     "features.keep": 1,
@@ -383,7 +404,7 @@ def _one_line(error: Exception) -> str:
 def _check(config: RunConfig) -> None:
     settings = config.flat()
     for name, choices in _CHOICES.items():
-        if settings[name] not in choices:
+        if settings[name] not in choices and not (settings[name] is None and name in _OPTIONAL):
             raise InputError(f"{name} is {settings[name]!r}, expected one of {', '.join(choices)}")
     for name, least in _AT_LEAST.items():
         if settings[name] is not None and not settings[name] >= least:

@@ -23,6 +23,19 @@ BY_LAYER_AND_DATA = P(LAYER, DATA)  # activations: [L, B, D]
 BY_DATA = P(DATA)  # per-row weights: [B]
 REPLICATED = P()
 
+# The axis, counted from the end, along which each matrix of a language model is split over all devices: the first of
+# attention or MLP along what it puts out, the second along what it takes in, so that a block's only traffic is two sums
+# of activations. GPT-2 stores matrices as [in, out], the others as [out, in]; tables are split by vocabulary.
+# Source: Shoeybi et al. 2019, arXiv:1909.08053.
+_SPLIT_AXES = {
+    **dict.fromkeys(("c_attn", "c_fc"), -1),
+    **dict.fromkeys(("c_proj",), -2),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1"), -2),
+    **dict.fromkeys(("o_proj", "down_proj", "dense", "fc2"), -1),
+    **dict.fromkeys(("wte", "embed_tokens", "lm_head"), -2),
+}
+PARAM_SHARDINGS = ("replicated", "split")
+
 
 def start_processes(environment: Mapping[str, str] = os.environ) -> None:
     """Join the other processes of the run, if there are any, before the first device is touched.
@@ -149,6 +162,33 @@ def global_any(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(jnp.asarray(flag)).any())
+
+
+def param_sharding(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, how: str) -> NamedSharding:
+    """Return where a language model's parameter lies: whole on every device, or in parts over all devices.
+
+    Where "split" finds no even parts along the axis that suits the matrix, it takes the matrix's other axis, and leaves
+    it whole where that is uneven too; vectors and position tables are whole. The layer axis is never split: the scan
+    over blocks would then fetch every block from its owner.
+
+    Args:
+        path: the parameter's place in the model's pytree, such as ("blocks", "mlp", "c_fc", "weight").
+        shape: its axis sizes, [L, ...] inside the blocks.
+        how: "replicated" or "split".
+
+    Raises:
+        InputError: `how` has another value.
+    """
+    if how not in PARAM_SHARDINGS:
+        raise InputError(f"sharding is {how!r}; use one of {', '.join(PARAM_SHARDINGS)}")
+    if how == "split" and path[-1] == "weight" and path[-2] in _SPLIT_AXES:
+        preferred = _SPLIT_AXES[path[-2]]
+        for axis in (preferred, -3 - preferred):
+            if shape[axis] % mesh.size == 0:
+                axes: list[Any] = [None] * len(shape)
+                axes[axis] = mesh.axis_names
+                return NamedSharding(mesh, P(*axes))
+    return NamedSharding(mesh, REPLICATED)
 
 
 def wait_for_all(name: str) -> None:

@@ -118,6 +118,33 @@ def test_put_rows_and_layers__spread_along_their_own_axis():
     assert all(isinstance(x, np.ndarray) for x in fetched.values())
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        (("blocks", "mlp", "c_fc", "weight"), (3, 24, 40), (3, 24, 10)),
+        (("blocks", "attn", "c_proj", "weight"), (3, 24, 24), (3, 6, 24)),
+        (("blocks", "mlp", "up_proj", "weight"), (3, 40, 24), (3, 10, 24)),
+        (("blocks", "mlp", "fc2", "weight"), (3, 24, 40), (3, 24, 10)),
+        (("blocks", "self_attn", "k_proj", "weight"), (3, 6, 24), (3, 6, 6)),  # 6 rows make no four even parts
+        (("blocks", "self_attn", "k_proj", "weight"), (4, 6, 22), (4, 6, 22)),  # nor do 22 columns; layers stay
+        (("wte", "weight"), (40, 24), (10, 24)),
+        (("wte", "weight"), (37, 24), (37, 6)),
+        (("wpe", "weight"), (40, 24), (40, 24)),
+        (("blocks", "mlp", "c_fc", "bias"), (3, 40), (3, 40)),
+        (("blocks", "ln_1", "weight"), (4, 24), (4, 24)),
+    ],
+)
+def test_param_sharding__splits_matrices_and_tables_but_never_layers(path, shape, expected):
+    mesh = meshes.make_mesh(4, layer=2, data=2)
+    assert meshes.param_sharding(path, shape, mesh, "split").shard_shape(shape) == expected
+    assert meshes.param_sharding(path, shape, mesh, "replicated").shard_shape(shape) == shape
+
+
+def test_param_sharding__names_another_choice():
+    with pytest.raises(InputError, match="sharding is 'tensor'; use one of replicated, split"):
+        meshes.param_sharding(("wte", "weight"), (4, 4), meshes.make_mesh(1), "tensor")
+
+
 def test_one_process__agrees_with_itself():
     rows = np.arange(6).reshape(3, 2)
     assert meshes.gather_layers(rows, slice(0, 3), 3) is rows

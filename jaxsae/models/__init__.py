@@ -5,8 +5,19 @@ after every block, logits, logits from a replaced residual stream, greedy answer
 done here: batching a corpus, storing activations, labelling answers.
 """
 
-from jaxsae.models import generate, gpt2, weights
+from jaxsae.models import decoder, families, generate, gpt2, llama, phi, weights
 from jaxsae.models.generate import Generation
 from jaxsae.models.language_model import LanguageModel, load
 
-__all__ = ["Generation", "LanguageModel", "generate", "gpt2", "load", "weights"]
+__all__ = [
+    "Generation",
+    "LanguageModel",
+    "decoder",
+    "families",
+    "generate",
+    "gpt2",
+    "llama",
+    "load",
+    "phi",
+    "weights",
+]

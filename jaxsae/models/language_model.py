@@ -7,9 +7,7 @@ shape. Everything is causal: padding on the right never changes what stands befo
 import dataclasses
 import functools
 import os
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +18,9 @@ from jaxtyping import Array, Float
 
 from jaxsae import artifacts
 from jaxsae.artifacts import InputError
-from jaxsae.models import layers, weights
-from jaxsae.models.generate import Generation, greedy
-from jaxsae.models.weights import FAMILIES
+from jaxsae.models import checkpoints, decoder, generate, layers, weights
+from jaxsae.models.checkpoints import Checkpoint
+from jaxsae.models.generate import GenerateConfig, Generation
 
 TokenIds = Array | np.ndarray  # integers [B, T]
 
@@ -32,15 +30,16 @@ class LanguageModel:
     """A causal language model that gives out its residual streams.
 
     The methods are compiled once per shape. A compiled function of your own takes `params` as an argument and calls
-    `family.residuals(config, params, token_ids, dtype=dtype)` and its like, or the weights become its constants.
+    `decoder.residuals(config, params, token_ids, dtype=dtype)` and its like, or the weights become its constants.
 
     Attributes:
         name: what `load` was asked for.
         config: the family's config; `config.model_type` names the family.
         params: weights as a nested dict of jax arrays, those of the blocks stacked along a leading layer axis.
-        tokenizer: of transformers; None if the folder has no tokenizer files.
+        tokenizer: of transformers; None if the checkpoint has none.
         dtype: compute dtype, "float32" (exact) or "bfloat16" (rounded dot operands, float32 sums and residual stream).
-        revision: commit on the Hub; None for a local folder.
+        revision: commit on the Hub; None for what lies on this disk.
+        eos_ids: the ids that end a text: those of the config and generation_config.json, a .gguf file's end of turn.
         fingerprint: hex sha256 over config, weight and tokenizer files and dtype; equal models have equal results.
     """
 
@@ -51,23 +50,19 @@ class LanguageModel:
     dtype: str
     revision: str | None
     fingerprint: str
-
-    @property
-    def family(self) -> ModuleType:
-        """The module of pure functions that computes this model, such as `jaxsae.models.gpt2`."""
-        return FAMILIES[self.config.model_type]
+    eos_ids: frozenset[int] = frozenset()
 
     @property
     def n_layers(self) -> int:
-        return self.config.n_layer
+        return self.config.n_layers
 
     @property
     def d_model(self) -> int:
-        return self.config.n_embd
+        return self.config.d_model
 
     @property
     def n_vocab(self) -> int:
-        return self.config.vocab_size
+        return self.config.n_vocab
 
     @property
     def n_positions(self) -> int:
@@ -126,11 +121,27 @@ class LanguageModel:
         *,
         max_new_tokens: int,
         stop_ids: Collection[int] = frozenset(),
+        stop_strings: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        keep_residuals: bool = False,
+        n_rows: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[Generation]:
-        """Continue each prompt greedily; see `jaxsae.models.generate.greedy`."""
-        return greedy(
-            self.config, self.params, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, dtype=self.dtype
+        """Continue each prompt, greedily unless `temperature` is above 0; see `generate.GenerateConfig`.
+
+        Args:
+            on_progress: called after each batch with the number of prompts continued so far.
+
+        Raises:
+            InputError: see `jaxsae.models.generate.generate`; prompts are named by index.
+        """
+        how = GenerateConfig(
+            max_new_tokens, stop_ids, stop_strings, temperature, top_p, seed, keep_residuals, n_rows
         )
+        shared = {"tokenizer": self.tokenizer, "dtype": self.dtype, "on_progress": on_progress}
+        return generate.generate(self.config, self.params, prompts, how, **shared)
 
     def check_token_ids(self, token_ids: TokenIds) -> Array:
         """Return the ids as int32; values inside a jit cannot be looked at, only their shape and dtype.
@@ -156,104 +167,71 @@ class LanguageModel:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _residuals(config, dtype, params, token_ids):
-    return FAMILIES[config.model_type].residuals(config, params, token_ids, dtype=dtype)
+    return decoder.residuals(config, params, token_ids, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(config, dtype, params, token_ids):
-    return FAMILIES[config.model_type].logits(config, params, token_ids, dtype=dtype)
+    return decoder.logits(config, params, token_ids, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(config, dtype, params, token_ids):
-    return FAMILIES[config.model_type].forward(config, params, token_ids, dtype=dtype)
+    return decoder.forward(config, params, token_ids, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits_from(config, dtype, params, layer, resid):
-    return FAMILIES[config.model_type].logits_from(config, params, layer, resid, dtype=dtype)
+    return decoder.logits_from(config, params, layer, resid, dtype=dtype)
 
 
 def load(
-    source: str | os.PathLike, *, dtype: str = "float32", revision: str | None = None, mesh: Mesh | None = None
+    source: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    sharding: str = "replicated",
 ) -> LanguageModel:
     """Load a language model and its tokenizer, checking every tensor.
 
     Args:
-        source: a folder in Hugging Face's layout, "package://some_package/path/inside", or the name of a model on the
-            Hub.
+        source: a folder in Hugging Face's layout, a .gguf file, "package://some_package/path/inside" for one of them,
+            the name of a model on the Hub, or "owner/model:file.gguf" for one file there.
         dtype: compute dtype, "float32" (exact) or "bfloat16".
         revision: branch, tag or commit; for Hub names only.
-        mesh: every weight is replicated over its devices; None is the default device.
+        mesh: devices to place the weights on; None is the default device.
+        sharding: on a mesh, "replicated" for every weight whole on every device, or "split" for the matrices in parts
+            over all devices, for models that one device cannot hold.
 
     Raises:
-        InputError: see `weights.locate`, `weights.read_config`, `weights.read_params`, `load_tokenizer`.
+        InputError: `sharding` is "split" without a mesh; or see `checkpoints.locate`, `checkpoints.open_checkpoint`,
+            `weights.read_config`, `weights.read_params` and `tokenizer.check`.
     """
     layers.check_dtype(dtype)
-    folder, commit = weights.locate(source, revision=revision)
-    config = weights.read_config(folder)
-    params = weights.read_params(folder, config, dtype=dtype, mesh=mesh)
-    tokenizer = load_tokenizer(folder, config.vocab_size)
-    name = os.fspath(source)
-    return LanguageModel(name, config, params, tokenizer, dtype, commit, _fingerprint(folder, config, dtype))
-
-
-def _fingerprint(folder: Path, config: Any, dtype: str) -> str:
-    files = [*weights.weight_files(folder), *(folder / name for name in weights.TOKENIZER_FILES)]
-    hashes = {path.name: artifacts.sha256_file(path) for path in files if path.is_file()}
-    return artifacts.fingerprint([config.model_type, dataclasses.asdict(config), dtype, hashes])
-
-
-def load_tokenizer(folder: Path, n_vocab: int) -> Any:
-    """Load the tokenizer of a model folder; without tokenizer.json or vocab.json + merges.txt it is None.
-
-    Where transformers' class for the model would encode otherwise than tokenizer.json says (it rebuilds a GPT-2
-    tokenizer from the vocabulary alone), tokenizer.json is followed.
-
-    Raises:
-        InputError: the files are damaged, an id is outside the model's vocabulary, or nothing can be encoded.
-    """
-    has_json = (folder / "tokenizer.json").is_file()
-    if not has_json and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-        return None
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or the import prints a line about torch
-    import transformers
-
-    tokenizer = _from_folder(transformers.AutoTokenizer, folder)
-    probes = _probes(tokenizer)
-    if has_json and not _agrees(tokenizer, folder / "tokenizer.json", probes):
-        tokenizer = _from_folder(transformers.PreTrainedTokenizerFast, folder)
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= n_vocab:
-        raise InputError(
-            f"{folder}: the tokenizer does not fit: its largest id is {highest}, the model's {n_vocab - 1}"
+    if mesh is None and sharding != "replicated":
+        raise InputError(f"sharding is {sharding!r}, which needs a mesh of devices; pass mesh, or leave it replicated")
+    path, commit = checkpoints.locate(source, revision=revision)
+    with checkpoints.open_checkpoint(path) as checkpoint:
+        config = weights.read_config(checkpoint)
+        params = weights.read_params(checkpoint, config, dtype=dtype, mesh=mesh, sharding=sharding)
+        return LanguageModel(
+            name=os.fspath(source),
+            config=config,
+            params=params,
+            tokenizer=checkpoint.make_tokenizer(config.n_vocab),
+            dtype=dtype,
+            revision=commit,
+            fingerprint=_fingerprint(checkpoint, config, dtype),
+            eos_ids=_eos_ids(checkpoint, config),
         )
-    if not any(tokenizer.encode(text, add_special_tokens=False) for text in probes):
-        raise InputError(f"{folder}: the tokenizer does not fit: it encodes every text to no token at all")
-    return tokenizer
 
 
-def _from_folder(tokenizer_class: Any, folder: Path) -> Any:
-    try:
-        return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
-    # tokenizers reports a damaged file as a plain Exception, transformers as whatever it tripped over.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from None
+def _eos_ids(checkpoint: Checkpoint, config: Any) -> frozenset[int]:
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    return frozenset(i for i in (*ends, *checkpoint.stop_ids) if i is not None and 0 <= i < config.n_vocab)
 
 
-def _probes(tokenizer: Any) -> list[str]:
-    """Return texts of which a working tokenizer encodes at least one: a sentence, and its own first tokens."""
-    first_tokens = [tokenizer.decode([token_id]) for token_id in range(min(len(tokenizer), 32))]
-    return ["The capital of France is Paris.", " ".join(first_tokens), *first_tokens]
-
-
-def _agrees(tokenizer: Any, path: Path, probes: list[str]) -> bool:
-    import tokenizers
-
-    exact = tokenizers.Tokenizer.from_file(str(path))
-    same_ids = all(
-        tokenizer.encode(text, add_special_tokens=False) == exact.encode(text, add_special_tokens=False).ids
-        for text in probes
-    )
-    return same_ids and len(tokenizer) == exact.get_vocab_size(with_added_tokens=True)
+def _fingerprint(checkpoint: Checkpoint, config: Any, dtype: str) -> str:
+    hashes = {path.name: artifacts.sha256_file(path) for path in checkpoint.files}
+    return artifacts.fingerprint([config.model_type, dataclasses.asdict(config), dtype, hashes])

@@ -1,17 +1,18 @@
-"""Building blocks of the language models: dots at a stated precision, norms, attention, and the scan over blocks.
+"""Building blocks of the language models: dots at a stated precision, norms, rotary positions, attention, the scan.
 
 A module holds its weights as `nnx.Param` and gets everything else, the compute dtype included, as arguments. Weights
 keep the shapes of the checkpoints. Norms, softmax, biases and the residual stream are float32 whatever the compute
 dtype; only the two operands of a dot are rounded to it, and its sum is float32 again.
 """
 
-import functools
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int, Integer
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxsae.artifacts import InputError
 
@@ -47,6 +48,11 @@ class Embedding(nnx.Module):
         return self.weight[...][ids].astype(jnp.float32)
 
 
+def unembed(x: Float[Array, "B T D"], table: Embedding, dtype: str) -> Float[Array, "B T V"]:
+    """Return the logits where the input embeddings serve as the output matrix."""
+    return einsum("btd,vd->btv", x, table.weight[...], dtype)
+
+
 class Projection(nnx.Module):
     """An affine map with its weight stored as [in, out], as GPT-2's checkpoints do."""
 
@@ -57,6 +63,20 @@ class Projection(nnx.Module):
     def __call__(self, x: Float[Array, "B T d_in"], dtype: str) -> Float[Array, "B T d_out"]:
         """Return x W + b."""
         return einsum("bti,io->bto", x, self.weight[...], dtype) + self.bias[...].astype(jnp.float32)
+
+
+class Linear(nnx.Module):
+    """An affine map with its weight stored as [out, in], as PyTorch's checkpoints do; the bias is optional."""
+
+    def __init__(self, key: Array, d_in: int, d_out: int, *, std: float, has_bias: bool = False):
+        self.weight = nnx.Param(std * jax.random.normal(key, (d_out, d_in)))
+        if has_bias:
+            self.bias = nnx.Param(jnp.zeros(d_out))
+
+    def __call__(self, x: Float[Array, "B T d_in"], dtype: str) -> Float[Array, "B T d_out"]:
+        """Return x Wᵀ, plus b where there is one."""
+        mapped = einsum("bti,oi->bto", x, self.weight[...], dtype)
+        return mapped + self.bias[...].astype(jnp.float32) if hasattr(self, "bias") else mapped
 
 
 class LayerNorm(nnx.Module):
@@ -74,20 +94,111 @@ class LayerNorm(nnx.Module):
         return normal * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
 
 
-def causal_attention(
+class RMSNorm(nnx.Module):
+    """Divide by the root mean square over the last axis and scale; in float32."""
+
+    def __init__(self, width: int):
+        self.weight = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: Float[Array, "*axes D"], epsilon: float) -> Float[Array, "*axes D"]:
+        """Normalise over the last axis; `epsilon` is added to the mean square."""
+        normal = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+        return normal * self.weight[...].astype(jnp.float32)
+
+
+def split_heads(x: Float[Array, "B T width"], d_head: int) -> Float[Array, "B T heads C"]:
+    """Cut the last axis into heads of width `d_head`."""
+    return x.reshape(*x.shape[:2], -1, d_head)
+
+
+def rotate(
+    x: Float[Array, "B T H C"], positions: Int[Array, "B T"], frequencies: tuple[float, ...]
+) -> Float[Array, "B T H C"]:
+    """Turn the coordinates (i, i + n) of each head by position * frequency i, for n frequencies; others stay.
+
+    Args:
+        frequencies: radians per position (`config_fields.Rotary.frequencies`).
+
+    Source: Su et al. 2021, arXiv:2104.09864, eq. (34), with the coordinates of a pair n apart, not neighbours.
+    """
+    half = len(frequencies)
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
+
+
+@struct.dataclass
+class Sight:
+    """Where the tokens at hand stand, and the earlier keys and values that attention sees beside theirs.
+
+    Attributes:
+        positions: of the tokens at hand.
+        keys: of one layer, or of all: stacked along a leading axis, or one array a layer (`unroll_blocks`). Slot s of
+            the S holds position s of its row. None when the tokens at hand are whole texts, positions 0 to T - 1.
+        values: as keys.
+    """
+
+    positions: Int[Array, "B T"]
+    keys: Float[Array, "*L B G S C"] | tuple[Float[Array, "B G S C"], ...] | None = None
+    values: Float[Array, "*L B G S C"] | tuple[Float[Array, "B G S C"], ...] | None = None
+
+    def attend(
+        self,
+        query: Float[Array, "B T H C"],
+        key: Float[Array, "B T G C"],
+        value: Float[Array, "B T G C"],
+        *,
+        scale: float | Float[Array, ""],
+        dtype: str,
+        window: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T H C"], "Sight"]:
+        """Mix the values that each token sees, and return with them the sight that holds these keys and values too.
+
+        A token sees its own position and those before it, or the last `window` of these.
+        """
+        keys, values = self._fill(self.keys, key), self._fill(self.values, value)
+        slots, at = jnp.arange(keys.shape[2]), self.positions[..., None]
+        visible = slots <= at
+        if window is not None:
+            visible &= slots > at - window
+        every_key, every_value = (jnp.swapaxes(part, 1, 2) for part in (keys, values))
+        mixed = attention(query, every_key, every_value, visible, scale=scale, dtype=dtype)
+        return mixed, Sight(self.positions, keys, values)
+
+    def _fill(self, slots: Any, fresh: Float[Array, "B T G C"]) -> Float[Array, "B G S C"]:
+        """Write what belongs to the tokens at hand into the slots of their positions; or make it the slots."""
+        if slots is None:
+            return jnp.swapaxes(fresh, 1, 2)
+        return slots.at[jnp.arange(len(fresh))[:, None], :, self.positions].set(fresh.astype(slots.dtype))
+
+
+def attention(
     query: Float[Array, "B T H C"],
-    key: Float[Array, "B T H C"],
-    value: Float[Array, "B T H C"],
+    key: Float[Array, "B S G C"],
+    value: Float[Array, "B S G C"],
+    visible: Bool[Array, "B T S"],
     *,
     scale: float | Float[Array, ""],
     dtype: str,
 ) -> Float[Array, "B T H C"]:
-    """Mix the values of positions 0..t into position t by softmax(scale * query·key); scores and softmax in float32."""
-    scores = einsum("bqhc,bkhc->bhqk", query, key, dtype) * scale
-    n_positions = query.shape[1]
-    visible = jnp.tril(jnp.ones((n_positions, n_positions), bool))
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    return einsum("bhqk,bkhc->bqhc", weights, value, dtype)
+    """Mix the visible values by softmax(scale * query·key); scores and softmax in float32.
+
+    Each of the G heads of keys and values serves H / G neighbouring heads of queries.
+    """
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    scores = einsum("btgrc,bsgc->bgrts", grouped, key, dtype) * scale
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    return einsum("bgrts,bsgc->btgrc", weights, value, dtype).reshape(query.shape)
+
+
+def tensor_name(path: tuple[str, ...], *, blocks: str) -> str:
+    """Return a checkpoint's name of a weight, without the base prefix; `{layer}` stands for the block's index.
+
+    Args:
+        blocks: how the checkpoint calls the list of blocks.
+    """
+    return ".".join((blocks, "{layer}", *path[1:]) if path[0] == "blocks" else path)
 
 
 def stack_blocks(make_block: Callable[[Array], nnx.Module], keys: Array) -> nnx.Module:
@@ -96,33 +207,74 @@ def stack_blocks(make_block: Callable[[Array], nnx.Module], keys: Array) -> nnx.
 
 
 def scan_blocks(
-    blocks: nnx.Module, x: Float[Array, "B T D"], apply: Callable, *, n_layers: int, keep: bool
-) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"] | None]:
-    """Run x through all blocks; return the last output and, with `keep`, the output of every block.
+    blocks: nnx.Module,
+    x: Float[Array, "B T D"],
+    sight: Sight,
+    apply: Callable[[Any, Int[Array, ""], Float[Array, "B T D"], Sight], tuple[Float[Array, "B T D"], Sight]],
+    *,
+    n_layers: int,
+    keep: str = "",
+) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"] | None, Sight | None]:
+    """Run x through all blocks.
 
     Args:
-        apply: `apply(block, index, x) -> x` for one block.
+        sight: of all layers: `keys` and `values`, where there are any, have a leading layer axis.
+        apply: `apply(block, index, x, sight) -> x, sight` for one block.
+        keep: what to return of every block: "residuals", "sight", both with a space between them, or nothing.
+
+    Returns:
+        The last output; the output of every block; the sight of all layers after the tokens at hand.
     """
     graph, stacked = nnx.split(blocks)
 
     def step(x, layer):
-        weights, index = layer
-        x = apply(nnx.merge(graph, weights), index, x)
-        return x, x if keep else None
+        weights, index, keys, values = layer
+        x, seen = apply(nnx.merge(graph, weights), index, x, dataclasses.replace(sight, keys=keys, values=values))
+        return x, (x if "residuals" in keep else None, (seen.keys, seen.values) if "sight" in keep else None)
 
-    return jax.lax.scan(step, x, (stacked, jnp.arange(n_layers)))
+    last, (resid, seen) = jax.lax.scan(step, x, (stacked, jnp.arange(n_layers), sight.keys, sight.values))
+    return last, resid, None if seen is None else dataclasses.replace(sight, keys=seen[0], values=seen[1])
+
+
+def unroll_blocks(
+    blocks: Iterable[nnx.Module],
+    x: Float[Array, "B T D"],
+    sight: Sight,
+    apply: Callable[[Any, Int[Array, ""], Float[Array, "B T D"], Sight], tuple[Float[Array, "B T D"], Sight]],
+) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"], Sight]:
+    """Run x through the blocks, each a module of its own, as `scan_blocks` does; everything of every block is kept.
+
+    A scan copies the weights of each layer out of their stack, and each layer's keys and values in and out of theirs;
+    here nothing is copied, but the program grows with the number of layers.
+
+    Args:
+        sight: `keys` and `values` are one array a layer.
+    """
+    resid, keys, values = [], list(sight.keys or ()), list(sight.values or ())
+    for index, block in enumerate(blocks):
+        x, seen = apply(block, jnp.int32(index), x, Sight(sight.positions, keys[index], values[index]))
+        resid.append(x)
+        keys[index], values[index] = seen.keys, seen.values
+    return x, jnp.stack(resid), Sight(sight.positions, tuple(keys), tuple(values))
 
 
 def scan_blocks_after(
-    blocks: nnx.Module, layer: LayerIndex, x: Float[Array, "B T D"], apply: Callable, *, n_layers: int
+    blocks: nnx.Module,
+    layer: LayerIndex,
+    x: Float[Array, "B T D"],
+    sight: Sight,
+    apply: Callable[[Any, Int[Array, ""], Float[Array, "B T D"], Sight], tuple[Float[Array, "B T D"], Sight]],
+    *,
+    n_layers: int,
 ) -> Float[Array, "B T D"]:
     """Run x, the output of block `layer`, through the blocks after it; `layer` may be traced, and -1 runs them all."""
     graph, stacked = nnx.split(blocks)
 
     def step(x, at):
         weights, index = at
-        run = functools.partial(apply, nnx.merge(graph, weights), index)
-        return jax.lax.cond(index > layer, run, lambda x: x, x), None
+        return jax.lax.cond(
+            index > layer, lambda x: apply(nnx.merge(graph, weights), index, x, sight)[0], lambda x: x, x
+        ), None
 
     return jax.lax.scan(step, x, (stacked, jnp.arange(n_layers)))[0]
 

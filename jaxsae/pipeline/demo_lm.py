@@ -55,7 +55,7 @@ from sklearn.preprocessing import StandardScaler
 from jaxsae import artifacts, models
 from jaxsae.artifacts import InputError, Question
 from jaxsae.data import format_prompt, is_hallucinated, pack, read_questions, world, write_questions
-from jaxsae.models import gpt2
+from jaxsae.models import decoder, gpt2
 from jaxsae.progress import Progress, human_bytes, human_seconds
 
 ASSET = Path(__file__).parents[1] / "assets" / "demo_gpt2"
@@ -172,7 +172,7 @@ def fit(config: gpt2.GPT2Config, recipe: Recipe, batches: Iterator[np.ndarray], 
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    params = gpt2.init(config, jax.random.key(seed))
+    params = decoder.init(config, jax.random.key(seed))
     state, loss = optimizer.init(params), jnp.nan
     with Progress("demo language model", recipe.n_steps, "steps") as progress:
         for i in range(recipe.n_steps):
@@ -184,7 +184,7 @@ def fit(config: gpt2.GPT2Config, recipe: Recipe, batches: Iterator[np.ndarray], 
 
 
 def _loss(params: Any, config: gpt2.GPT2Config, token_ids: Int[Array, "B T"]) -> Float[Array, ""]:
-    logits = gpt2.logits(config, params, token_ids)
+    logits = decoder.logits(config, params, token_ids)
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], token_ids[:, 1:]).mean()
 
 

@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 from absl import logging
 
 from jaxsae import activations, data, models
+from jaxsae import mesh as meshes
 from jaxsae.artifacts import InputError
 from jaxsae.config import CorpusConfig, ModelConfig, RunConfig
 from jaxsae.data.tokens import find_bos_id
@@ -51,12 +53,21 @@ def load_model(config: ModelConfig) -> models.LanguageModel:
     """Load the language model of the config, with its tokenizer.
 
     Raises:
-        InputError: neither name nor path is set, the model cannot be read, or it has no tokenizer.
+        InputError: neither name nor path is set, the model cannot be read, it has no tokenizer, or it is to be split
+            over the devices of several processes.
     """
     source = config.path or config.name
     if not source:
         raise InputError("model.path and model.name are both unset; give a folder or a Hugging Face name")
-    lm = models.load(source, dtype=config.dtype, revision=config.revision)
+    mesh = None
+    if config.sharding == "split":
+        if jax.process_count() > 1:
+            raise InputError(
+                f"model.sharding=split works within one process, and this run has {jax.process_count()}; every process "
+                "holds the model: leave it replicated, or start one process that sees all devices of a machine"
+            )
+        mesh = meshes.make_mesh(1, data=jax.device_count())
+    lm = models.load(source, dtype=config.dtype, revision=config.revision, mesh=mesh, sharding=config.sharding)
     if lm.tokenizer is None:
         raise InputError(f"{source} has no tokenizer files; text cannot be read without tokenizer.json")
     return lm

@@ -9,7 +9,7 @@ import pytest
 
 from jaxsae.artifacts import RESID_POSITIONS, Answer, InputError
 from jaxsae.features import encode_answers, expand_positions
-from jaxsae.models import LanguageModel, gpt2
+from jaxsae.models import LanguageModel, decoder, gpt2
 from jaxsae.sae import SaeSuite
 
 N_LAYERS, D_MODEL, N_LATENTS, K, VOCABULARY, CONTEXT = 3, 8, 13, 4, 37, 19
@@ -19,7 +19,7 @@ ARCHITECTURES = ("topk", "batchtopk", "jumprelu_l1")
 
 def make_lm(change=lambda params: params):
     config = gpt2.GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=2)
-    leaves, tree = jax.tree.flatten(gpt2.abstract_params(config))
+    leaves, tree = jax.tree.flatten(decoder.abstract_params(config))
     rng = np.random.default_rng(1)
     params = jax.tree.unflatten(tree, [jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32) for leaf in leaves])
     return LanguageModel("tiny", config, change(params), None, "float32", None, "fingerprint")

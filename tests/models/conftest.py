@@ -1,4 +1,6 @@
-"""Tiny language models with every weight random, written as Hugging Face folders without a network."""
+"""Tiny language models with every weight random, of ours and of transformers, made without a network."""
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,36 @@ import pytest
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 
-from jaxsae.models import gpt2, weights
+from jaxsae import models
+from jaxsae.models import decoder, families, gpt2, weights
 
 TINY = {"vocab_size": 37, "n_positions": 19, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_inner": 40}
+_TINY_LLAMA = {
+    "vocab_size": 37,
+    "max_position_embeddings": 19,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+}
+# One small model of every model_type, as config.json has it; each with a peculiarity of its kind switched on.
+_TINY_FIELDS = {
+    "gpt2": TINY,
+    "phi": {**_TINY_LLAMA, "hidden_size": 32, "num_key_value_heads": 4},
+    "llama": _TINY_LLAMA,
+    "mistral": {**_TINY_LLAMA, "sliding_window": 3},
+    "qwen2": {**_TINY_LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {**_TINY_LLAMA, "head_dim": 10},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_configs():
+    """Return one small config of every model_type, by its name."""
+    return {
+        name: families.of(name).read_config({**fields, "model_type": name}) for name, fields in _TINY_FIELDS.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -17,20 +46,20 @@ def make_params():
     """Return a function of a config: weights none of which is 0 or 1, large enough for blocks to matter."""
 
     def make(config, seed=0):
-        leaves, tree = jax.tree.flatten(gpt2.abstract_params(config))
+        leaves, tree = jax.tree_util.tree_flatten_with_path(decoder.abstract_params(config))
         rng = np.random.default_rng(seed)
-        values = [jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32) for leaf in leaves]
-        params = jax.tree.unflatten(tree, values)
-        for norm in (params["ln_f"], params["blocks"]["ln_1"], params["blocks"]["ln_2"]):
-            norm["weight"] += 1.0
-        return params
+        values = []
+        for path, leaf in leaves:
+            is_scale = path[-1].key == "weight" and any(part in path[-2].key for part in ("ln_", "norm"))
+            values.append(jnp.asarray(is_scale + rng.normal(0, 0.2, leaf.shape), jnp.float32))
+        return jax.tree.unflatten(tree, values)
 
     return make
 
 
 @pytest.fixture
 def write_model(tmp_path, make_params):
-    """Return a function of config fields that writes a random model and returns its folder and config."""
+    """Return a function of config fields that writes a random GPT-2 and returns its folder and config."""
 
     def write(name="model", *, seed=0, **fields):
         config = gpt2.GPT2Config(**{**TINY, **fields})
@@ -38,6 +67,85 @@ def write_model(tmp_path, make_params):
         return tmp_path / name, config
 
     return write
+
+
+@pytest.fixture(scope="session")
+def make_reference():
+    """Return a function of model_type and config fields: transformers' model, small, no weight 0 or 1.
+
+    Its attention is the eager one, which has GPT-2's upcast path and sliding windows. It generates to the very end.
+    """
+    import torch
+    import transformers
+
+    def make(model_type, **fields):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(model_type, **{**_TINY_FIELDS[model_type], **fields})
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        model.generation_config.update(eos_token_id=None, bos_token_id=None, pad_token_id=0)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_outputs():
+    """Return a function of a model of transformers and token ids: the output of every block, and the logits."""
+    import torch
+
+    def run(model, token_ids):
+        outputs = []
+
+        def keep(module, inputs, output):
+            outputs.append((output[0] if isinstance(output, tuple) else output).numpy())
+
+        blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        with torch.no_grad():
+            logits = model(torch.tensor(token_ids)).logits.numpy()
+        for hook in hooks:
+            hook.remove()
+        return np.stack(outputs), logits
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_close_per_token():
+    """Return a check that |found - expected| <= 2e-5 * max(1, max|expected|) for each token: the project's promise."""
+
+    def check(found, expected):
+        bound = 2e-5 * np.maximum(1.0, np.abs(expected).max(-1))
+        assert (np.abs(np.asarray(found) - expected).max(-1) <= bound).all()
+
+    return check
+
+
+@pytest.fixture
+def assert_equal_to_reference(tmp_path, reference_outputs, assert_close_per_token):
+    """Return a check that a model of transformers, saved and loaded here, has its residual streams and logits.
+
+    It returns the loaded model. `edit`, a function of config.json's fields, rewrites them in between.
+    """
+
+    def check(reference, *, n_tokens=17, edit=None):
+        reference.save_pretrained(tmp_path)
+        if edit is not None:
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+        lm = models.load(tmp_path)
+        token_ids = np.random.default_rng(0).integers(0, lm.n_vocab, (2, n_tokens))
+        resid, logits = lm.residuals_and_logits(token_ids)
+        expected_resid, expected_logits = reference_outputs(reference, token_ids)
+        assert resid.shape == (lm.n_layers, 2, n_tokens, lm.d_model)
+        assert_close_per_token(resid, expected_resid)
+        assert_close_per_token(logits, expected_logits)
+        return lm
+
+    return check
 
 
 @pytest.fixture

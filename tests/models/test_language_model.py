@@ -10,7 +10,6 @@ import tokenizers
 
 from jaxsae import models
 from jaxsae.artifacts import InputError
-from jaxsae.models import gpt2
 
 TOKEN_IDS = np.random.default_rng(0).integers(0, 37, (2, 11))
 
@@ -22,7 +21,7 @@ def lm(write_model):
 
 def test_sizes__come_from_the_config(lm):
     assert (lm.n_layers, lm.d_model, lm.n_vocab, lm.n_positions) == (3, 24, 37, 19)
-    assert lm.family is gpt2
+    assert lm.config.model_type == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +142,15 @@ def test_tokenizer__that_encodes_everything_to_nothing_does_not_fit(write_model)
     exact = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"qqq": 0}, merges=[]))
     exact.save(str(folder / "tokenizer.json"))
     with pytest.raises(InputError, match="tokenizer does not fit: it encodes every text to no token"):
+        models.load(folder)
+
+
+def test_tokenizer__byte_level_that_does_not_give_a_text_back_does_not_fit(write_model, train_tokenizer):
+    folder, _ = write_model(vocab_size=300)
+    exact = train_tokenizer(folder, 270)
+    exact.normalizer = tokenizers.normalizers.Lowercase()
+    exact.save(str(folder / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer does not fit: 'Déjà vu.*comes back from its tokens as 'déjà vu"):
         models.load(folder)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxsae import models
 from jaxsae.artifacts import InputError
-from jaxsae.models import gpt2, weights
+from jaxsae.models import checkpoints, decoder, gpt2, weights
 
 TOKEN_IDS = np.random.default_rng(0).integers(0, 37, (2, 11))
 C_FC = "transformer.h.1.mlp.c_fc.weight"
@@ -130,7 +131,7 @@ def test_load__bfloat16_stores_dot_operands_rounded_and_computes_as_forward_does
     assert rounded.params["blocks"]["attn"]["c_attn"]["weight"].dtype == jnp.bfloat16
     assert rounded.params["lm_head"]["weight"].dtype == jnp.bfloat16
     assert rounded.params["wte"]["weight"].dtype == rounded.params["blocks"]["ln_1"]["weight"].dtype == jnp.float32
-    on_the_fly = gpt2.residuals(config, exact.params, TOKEN_IDS, dtype="bfloat16")
+    on_the_fly = decoder.residuals(config, exact.params, TOKEN_IDS, dtype="bfloat16")
     np.testing.assert_allclose(rounded.residuals(TOKEN_IDS), on_the_fly, atol=2e-2, rtol=2e-2)
     assert np.abs(rounded.residuals(TOKEN_IDS) - exact.residuals(TOKEN_IDS)).max() > 1e-4
 
@@ -215,7 +216,10 @@ def test_load__names_a_missing_shard_and_one_outside_the_folder(write_model):
 def test_load__says_what_a_folder_without_safetensors_holds(write_model):
     folder, _ = write_model()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"holds no model\.safetensors .*only pytorch_model\.bin: convert it"):
+    with pytest.raises(InputError, match=r"holds no model\.safetensors .*only pytorch_model\.bin, .*: convert it"):
+        models.load(folder)
+    (folder / "small.gguf").touch()
+    with pytest.raises(InputError, match=r"holds no model\.safetensors .*; give the path of small\.gguf itself"):
         models.load(folder)
 
 
@@ -263,12 +267,6 @@ def test_load__names_a_package_that_is_not_there(package):
         models.load(f"package://{package}/x")
 
 
-@pytest.mark.parametrize("source", ["model.gguf", "some/where/model.gguf", "package://jaxsae/model.gguf"])
-def test_load__refuses_gguf_by_name(source):
-    with pytest.raises(InputError, match=r"model\.gguf: \.gguf files are not supported"):
-        models.load(source)
-
-
 @pytest.mark.parametrize("source", ["/no/such/folder", "./missing", "a/b/c"])
 def test_load__a_path_that_is_no_folder_is_named(source):
     with pytest.raises(InputError, match=f"{source} is not a folder"):
@@ -302,6 +300,53 @@ def test_load__records_the_commit_of_a_hub_model(tmp_path, write_model, monkeypa
     assert (lm.name, lm.revision) == ("someone/tiny-gpt2", commit)
     assert (asked["name"], asked["revision"]) == ("someone/tiny-gpt2", "main")
     assert not any(pattern.endswith(".bin") for pattern in asked["patterns"])
+
+
+def test_load__takes_one_file_of_a_hub_model_and_records_its_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    commit, asked = "0123456789abcdef0123456789abcdef01234567", []
+    path = tmp_path / commit / "quantised" / "small.gguf"
+    path.parent.mkdir(parents=True)
+
+    def hf_hub_download(name, file, *, revision):
+        asked.append((name, file, revision))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    assert checkpoints.locate("someone/tiny:quantised/small.gguf", revision="main") == (path, commit)
+    assert asked == [("someone/tiny", "quantised/small.gguf", "main")]
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"the Hugging Face Hub did not give its file small\.gguf \(") as caught:
+        models.load("nobody/nothing:small.gguf")
+    assert "\n" not in str(caught.value)
+
+
+def test_load__eos_ids_come_from_config_and_generation_config(write_model):
+    folder, _ = write_model(eos_token_id=(3, 50256))
+    path = folder / "generation_config.json"
+    for written, expected in ((None, {3}), ([5, 3], {3, 5}), (7, {3, 7}), ([99], {3})):
+        path.write_text(json.dumps({"eos_token_id": written, "do_sample": True}))
+        assert models.load(folder).eos_ids == frozenset(expected)
+    path.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id = '</s>' is neither a token id nor"):
+        models.load(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from Linux's /proc")
+@pytest.mark.parametrize("sharding", ["replicated", "split"])
+def test_load__holds_little_more_than_the_model(tmp_path, sharding):
+    config = gpt2.GPT2Config(vocab_size=30_011, n_positions=64, n_embd=768, n_layer=6, n_head=8)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), decoder.abstract_params(config))
+    weights.save(tmp_path, config, params)
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, str(script), str(tmp_path), sharding]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    found = json.loads(shown.stdout)
+    assert found["held"] > 250e6
+    assert found["peak"] <= found["held"] + 1.2 * found["largest"]
 
 
 def test_load__refuses_a_revision_of_a_local_folder_and_an_unknown_dtype(write_model):

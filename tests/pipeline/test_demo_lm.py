@@ -10,7 +10,7 @@ import pytest
 from jaxsae import models
 from jaxsae.artifacts import Question
 from jaxsae.data import read_documents, read_questions, world
-from jaxsae.models import gpt2
+from jaxsae.models import decoder, gpt2
 from jaxsae.pipeline import demo_lm
 
 TINY = demo_lm.Recipe(n_layer=2, n_embd=12, n_head=3, context=16, batch=5, n_steps=4, n_warmup=1)
@@ -84,8 +84,8 @@ def test_fit__learns_a_batch_that_it_sees_again_and_again():
     )
     batch = np.random.default_rng(0).integers(1, 11, (3, 8)).astype(np.int32)
     params = demo_lm.fit(config, recipe, itertools.repeat(batch), seed=0)
-    predicted = np.asarray(gpt2.logits(config, params, batch)[:, :-1].argmax(-1))
-    before = np.asarray(gpt2.logits(config, gpt2.init(config, jax.random.key(0)), batch)[:, :-1].argmax(-1))
+    predicted = np.asarray(decoder.logits(config, params, batch)[:, :-1].argmax(-1))
+    before = np.asarray(decoder.logits(config, decoder.init(config, jax.random.key(0)), batch)[:, :-1].argmax(-1))
     assert (predicted[:, 1:] == batch[:, 2:]).mean() == 1.0
     assert (before[:, 1:] == batch[:, 2:]).mean() < 0.5
 

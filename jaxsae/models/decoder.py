@@ -1,0 +1,171 @@
+"""Run a language model of any family: residual streams, logits, a replaced residual stream, and one token at a time.
+
+Pure functions of a config, a pytree of weights and token ids, all of which can be jitted and differentiated. The
+weights are a nested dict whose paths are Hugging Face's names, with those of the blocks stacked under `blocks`
+(`blocks/attn/c_attn/weight` of GPT-2 is [L, D, 3D]). `dtype` is the compute dtype, "float32" or "bfloat16". Dropout is
+never applied, and the values of token ids are not checked here (`LanguageModel` does).
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxsae.artifacts import InputError
+from jaxsae.models import families, layers
+from jaxsae.models.layers import Sight
+
+
+def init(config: Any, key: Array) -> dict[str, Any]:
+    """Return fresh float32 weights: normal with the config's `initializer_range`, norms 1, biases 0."""
+    return nnx.to_pure_dict(nnx.split(families.of(config.model_type).Model(config, key))[1])
+
+
+def abstract_params(config: Any) -> dict[str, Any]:
+    """Return the pytree of `init` with shapes and dtypes in place of arrays; nothing is computed."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def forward(
+    config: Any, params: Mapping[str, Any], token_ids: Int[Array | np.ndarray, "B T"], *, dtype: str = "float32"
+) -> tuple[Float[Array, "L B T D"], Float[Array, "B T V"]]:
+    """Return the residual stream after every block (before the final norm) and the logits, from one pass."""
+    model = _merge(config, params)
+    last, resid, _ = _run(config, model, token_ids, dtype, keep="residuals")
+    return resid, model.unembed(last, config, dtype)
+
+
+def residuals(
+    config: Any, params: Mapping[str, Any], token_ids: Int[Array | np.ndarray, "B T"], *, dtype: str = "float32"
+) -> Float[Array, "L B T D"]:
+    """Return the residual stream after every block, before the final norm."""
+    return _run(config, _merge(config, params), token_ids, dtype, keep="residuals")[1]
+
+
+def logits(
+    config: Any, params: Mapping[str, Any], token_ids: Int[Array | np.ndarray, "B T"], *, dtype: str = "float32"
+) -> Float[Array, "B T V"]:
+    """Return the logits at every position, keeping no residual stream."""
+    model = _merge(config, params)
+    return model.unembed(_run(config, model, token_ids, dtype)[0], config, dtype)
+
+
+def logits_from(
+    config: Any,
+    params: Mapping[str, Any],
+    layer: layers.LayerIndex,
+    resid: Float[Array | np.ndarray, "B T D"],
+    *,
+    dtype: str = "float32",
+) -> Float[Array, "B T V"]:
+    """Return the logits when `resid` is the output of block `layer` (from 0; may be traced)."""
+    layers.check_dtype(dtype)
+    model, x = _merge(config, params), jnp.asarray(resid, jnp.float32)
+    apply, sight = _apply(config, dtype), Sight(_positions(*x.shape[:2]))
+    last = layers.scan_blocks_after(model.blocks, layer, x, sight, apply, n_layers=config.n_layers)
+    return model.unembed(last, config, dtype)
+
+
+def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return weights with one dict a block in place of the stacked blocks; each block's weights are copied.
+
+    `step` runs faster on these on a CPU (`layers.unroll_blocks`). Only `step` takes them.
+    """
+    return {**params, "blocks": _layers_of(params["blocks"])}
+
+
+def prefill(
+    config: Any,
+    params: Mapping[str, Any],
+    token_ids: Int[Array | np.ndarray, "B T"],
+    lengths: Int[Array | np.ndarray, " B"],
+    *,
+    n_slots: int,
+    dtype: str = "float32",
+) -> tuple[Float[Array, "B V"], Sight]:
+    """Return the logits after each prompt, and the keys and values of all layers for `step` to go on from.
+
+    Keys and values are kept in the compute dtype: a dot would round them to it anyway.
+
+    Args:
+        token_ids: prompts, padded on the right with anything: what stands behind a prompt is never seen.
+        lengths: tokens of each prompt, at least 1.
+        n_slots: positions that the keys and values have room for, at least T.
+    """
+    model = _merge(config, params)
+    last, _, sight = _run(config, model, token_ids, dtype, keep="sight")
+    ends = jnp.take_along_axis(last, (jnp.asarray(lengths) - 1)[:, None, None], axis=1)
+    room = [(0, 0), (0, 0), (0, 0), (0, n_slots - token_ids.shape[1]), (0, 0)]
+    keys, values = (jnp.pad(part.astype(dtype), room) for part in (sight.keys, sight.values))
+    return model.unembed(ends, config, dtype)[:, 0], Sight(jnp.asarray(lengths)[:, None], keys, values)
+
+
+def unstack_sight(sight: Sight) -> Sight:
+    """Return the sight of all layers as `step` asks for it with the weights of `unstack`."""
+    return Sight(sight.positions, _layers_of(sight.keys), _layers_of(sight.values))
+
+
+def step(
+    config: Any, params: Mapping[str, Any], token_ids: Int[Array, " B"], sight: Sight, *, dtype: str = "float32"
+) -> tuple[Float[Array, "B V"], Float[Array, "L B D"], Sight]:
+    """Run one more token a row, at `sight.positions`.
+
+    Args:
+        params: with stacked blocks, or of `unstack`.
+        sight: of `prefill` or the step before; with unstacked weights through `unstack_sight`.
+
+    Returns:
+        The logits of the token after it, its residual stream after every block, and what the next step sees.
+    """
+    layers.check_dtype(dtype)
+    if isinstance(params["blocks"], tuple):
+        model = _merge(config, {**params, "blocks": params["blocks"][0]})
+        graph, _ = nnx.split(model.blocks)
+        x = model.embed(token_ids[:, None], sight.positions, config)
+        blocks = (nnx.merge(graph, weights) for weights in params["blocks"])
+        last, resid, seen = layers.unroll_blocks(blocks, x, sight, _apply(config, dtype))
+    else:
+        model = _merge(config, params)
+        last, resid, seen = _run_blocks(config, model, token_ids[:, None], sight, dtype, keep="residuals sight")
+    return model.unembed(last, config, dtype)[:, 0], resid[:, :, 0], Sight(sight.positions + 1, seen.keys, seen.values)
+
+
+def _layers_of(stacked: Any) -> tuple[Any, ...]:
+    n_layers = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda leaf: leaf[layer], stacked) for layer in range(n_layers))  # noqa: B023
+
+
+@functools.lru_cache(maxsize=16)
+def _graph(config: Any) -> Any:
+    family = families.of(config.model_type)
+    return jax.eval_shape(lambda: nnx.split(family.Model(config, jax.random.key(0))))[0]
+
+
+def _merge(config: Any, params: Mapping[str, Any]) -> Any:
+    return nnx.merge(_graph(config), params)
+
+
+def _apply(config: Any, dtype: str) -> Any:
+    return lambda block, index, x, sight: block(x, config, index, sight, dtype)
+
+
+def _positions(n_rows: int, n_tokens: int) -> Int[Array, "B T"]:
+    return jnp.broadcast_to(jnp.arange(n_tokens), (n_rows, n_tokens))
+
+
+def _run(config: Any, model: Any, token_ids: Any, dtype: str, *, keep: str = "") -> Any:
+    layers.check_dtype(dtype)
+    n_rows, n_tokens = token_ids.shape
+    if n_tokens > config.n_positions:
+        raise InputError(f"a text of {n_tokens} tokens is longer than the model's context, {config.n_positions}")
+    return _run_blocks(config, model, jnp.asarray(token_ids), Sight(_positions(n_rows, n_tokens)), dtype, keep=keep)
+
+
+def _run_blocks(config: Any, model: Any, token_ids: Any, sight: Sight, dtype: str, *, keep: str) -> Any:
+    x = model.embed(token_ids, sight.positions, config)
+    return layers.scan_blocks(model.blocks, x, sight, _apply(config, dtype), n_layers=config.n_layers, keep=keep)
