@@ -210,24 +210,32 @@ def _check_version(found: Any, path: Path, rebuild: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question with the answers that count as right; `group` is the fact that no split may divide."""
+    """One question with the answers that count as right; `group` is the fact that no split may divide.
+
+    Attributes:
+        answers: the texts that count as right, the best one first.
+        wrong_answers: texts that are known to be wrong, the most tempting one first; may be empty.
+        knowledge: text that holds the answer, for a prompt with "{knowledge}"; may be empty.
+    """
 
     id: str
     question: str
     answers: tuple[str, ...]
     group: str
     category: str = ""
+    wrong_answers: tuple[str, ...] = ()
+    knowledge: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer of the language model to one question, as generated.
+    """One answer to one question: the language model's own as generated, or one given by the question set.
 
     Attributes:
         prompt_ids: the token ids the model was given.
-        answer_ids: the token ids it generated, before the stop; may be empty.
-        label: 1 if hallucinated (no right answer in it), 0 if right.
-        logprobs: log-probability of each generated token, nats, one per answer id.
+        answer_ids: the token ids it generated, before the stop, or those of the given answer; may be empty.
+        label: 1 if hallucinated (no right answer in it, or given as wrong), 0 if right.
+        logprobs: log-probability of each answer id given all before it, nats, one per answer id.
     """
 
     id: str

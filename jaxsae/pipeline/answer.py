@@ -1,97 +1,294 @@
-"""Phase 3, first half: questions to the language model's own answers with labels, in `answers.jsonl`."""
+"""Phase 3, first half: questions to answers with labels (`answers.jsonl`) and their counts (`answers_summary.json`).
+
+The headline is the language model's own greedy answer. Given answers (questions.answers=given) are the right and the
+wrong text that a question set comes with, read by the model token by token: what tells them apart is often their style
+and length, so results on them are diagnostics.
+"""
 
 import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from jaxtyping import Array, Float, Int
 
 from jaxsae import artifacts, data, models
 from jaxsae.artifacts import Answer, InputError, Question
 from jaxsae.config import QuestionsConfig, RunConfig
-from jaxsae.data.tokens import find_bos_id
+from jaxsae.data import agreement, labels
+from jaxsae.data.fetch import download
+from jaxsae.data.prompts import Prompter, encode_answer, encode_prompt
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.stages import Context
 from jaxsae.progress import Progress
 
 _CHUNK_BATCHES = 8  # batches between two writes of what is done
+_LENGTH_STEP = 32  # given answers are padded to a multiple of this, so that few shapes are compiled
+_LOGIT_BYTES = 2**28  # of one forward pass over given answers, float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+    """A question as the model gets it; for a given answer, with that answer, its ids and its label."""
+
+    question: Question
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    id: str
+    given: str = ""
+    given_ids: tuple[int, ...] = ()
+    label: int = 0
 
 
 def run(config: RunConfig, context: Context) -> None:
-    """Answer every question greedily and label the answers; what an interrupted run answered is kept.
+    """Answer every question and label the answers; what an interrupted run answered is kept.
 
     Raises:
-        InputError: model or questions cannot be used, or a prompt does not fit the model's context.
+        InputError: model or questions cannot be used, a prompt does not fit the model's context, or all answers are
+            right or all hallucinated; then they stay in `answers.partial.jsonl`.
     """
+    settings = config.questions
     lm = load_model(config.model)
-    questions = data.read_questions(str(config.questions.path))
-    partial, chunk_size = context.workdir / "answers.partial.jsonl", config.questions.batch * _CHUNK_BATCHES
+    questions, format = load_questions(settings)
+    prompter = data.make_prompter(
+        format, prompt=settings.prompt, shots=settings.shots, stop=settings.stop, chat=settings.chat
+    )
+    asked, answer = _prepare(lm, questions, prompter, settings)
+    partial, chunk_size = context.workdir / "answers.partial.jsonl", settings.batch * _CHUNK_BATCHES
     identity = artifacts.fingerprint(
-        [artifacts.FORMAT_VERSION, lm.fingerprint, config.select("questions"), [q.id for q in questions]]
+        [artifacts.FORMAT_VERSION, lm.fingerprint, _generation_settings(config), [item.id for item in asked]]
     )
     answers = _read_partial(partial, identity, chunk_size)
     with (
         context.stop.polled() as should_stop,
-        Progress("answer", len(questions), "questions", done=len(answers)) as bar,
+        Progress("answer", len(asked), "questions", done=len(answers)) as bar,
     ):
-        for chunk in _chunks(questions[len(answers) :], chunk_size):
+        for chunk in _chunks(asked[len(answers) :], chunk_size):
             if should_stop():
                 break
-            done = ask(lm, chunk, config.questions)
+            done = answer(chunk)
             _append(partial, identity, done)
             answers += done
             bar.update(len(answers))
-    artifacts.write_answers(context.workdir / "answers.jsonl", answers)
+    kept, summary = summarise(answers, settings)
+    _check_classes(kept, summary, partial)
+    about = {"answers": settings.answers, "format": format, "prompt": prompter.template, "stop": list(prompter.stop)}
+    artifacts.write_json(context.workdir / "answers_summary.json", about | summary)
+    artifacts.write_answers(context.workdir / "answers.jsonl", kept)
     partial.unlink(missing_ok=True)
-    context.details = _summary(answers)
+    context.details = _describe(kept, summary)
     logging.info("answers: %s", context.details)
 
 
-def _chunks(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    rest = iter(questions)
+def _generation_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that the answers themselves depend on; what becomes of refusals is decided afterwards."""
+    return {name: setting for name, setting in config.select("questions").items() if name != "questions.refusals"}
+
+
+def load_questions(config: QuestionsConfig) -> tuple[list[Question], str]:
+    """Return the questions to ask, from a file or a published set, and the name of their format.
+
+    Raises:
+        InputError: the file cannot be had or used, or holds fewer than `n_questions`.
+    """
+    format = config.name if config.format == "auto" and config.name is not None else config.format
+    if config.path is None and config.name is not None and format != config.name:
+        raise InputError(f"questions.name is {config.name} but questions.format is {format}; leave the format on auto")
+    if config.path is not None:
+        path = artifacts.resolve_path(config.path)
+    elif config.name is not None:
+        path = download(config.name)
+    else:
+        raise InputError("questions.path and questions.name are both unset; give a file or a published set")
+    format = data.find_format(path) if format == "auto" else format
+    questions = data.read_questions(path, format=format, columns=config.columns)
+    n_asked = len(questions) if config.n_questions is None else config.n_questions
+    if n_asked > len(questions):
+        raise InputError(f"questions.n_questions is {n_asked}, but {path} holds {len(questions)}; ask for fewer")
+    return [questions[i * len(questions) // n_asked] for i in range(n_asked)], format
+
+
+def _chunks(items: Sequence[Prompted], size: int) -> Iterator[list[Prompted]]:
+    rest = iter(items)
     while chunk := list(itertools.islice(rest, size)):
         yield chunk
 
 
-def ask(lm: models.LanguageModel, questions: Sequence[Question], config: QuestionsConfig) -> list[Answer]:
-    """Return the model's greedy answers with labels.
+def _prepare(
+    lm: models.LanguageModel, questions: Sequence[Question], prompter: Prompter, config: QuestionsConfig
+) -> tuple[list[Prompted], Callable[[Sequence[Prompted]], list[Answer]]]:
+    """Return what is to be answered, one item an answer, and the function that answers a chunk of it."""
+    asked = [put(question, prompter, lm.tokenizer) for question in questions]
+    if config.answers == "given":
+        asked = [pair for prompted in asked for pair in pair_up(prompted, lm.tokenizer)]
+        _check_lengths(lm, asked, 0)
+        return asked, lambda chunk: read_given(lm, chunk, batch=config.batch)
+    _check_lengths(lm, asked, config.max_new_tokens)
+    stop_ids = models.generate.stop_token_ids(lm.tokenizer, prompter.stop)
+    return asked, lambda chunk: ask(lm, chunk, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids)
 
-    A prompt starts with BOS, as every context of the corpus does. The generated ids are kept as they are; text is only
-    read from them.
+
+def put(question: Question, prompter: Prompter, tokenizer: Any) -> Prompted:
+    """Return a question with its prompt and the prompt's token ids, which begin with BOS."""
+    prompt = prompter.prompt(question, tokenizer)
+    return Prompted(question, prompt, encode_prompt(prompt, tokenizer), question.id)
+
+
+def pair_up(prompted: Prompted, tokenizer: Any) -> tuple[Prompted, Prompted]:
+    """Return the question with its best right answer (label 0) and with its most tempting wrong one (label 1).
 
     Raises:
-        InputError: a prompt with the answer does not fit the model's context.
+        InputError: it has no wrong answer, or a token straddles the end of the prompt.
     """
-    prompts = [data.format_prompt(config.prompt, question) for question in questions]
-    bos_id = find_bos_id(lm.tokenizer)
-    prompt_ids = [(bos_id, *lm.tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts]
-    for question, ids in zip(questions, prompt_ids, strict=True):
-        if len(ids) + config.max_new_tokens > lm.n_positions:
-            raise InputError(
-                f"question {question.id} has {len(ids)} tokens in its prompt; with questions.max_new_tokens "
-                f"{config.max_new_tokens} that is more than the {lm.n_positions} that {lm.name} reads"
-            )
-    stop_ids = models.generate.stop_token_ids(lm.tokenizer, config.stop)
-    outcomes = lm.generate(prompt_ids, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids)
-    answers = []
-    for question, prompt, ids, outcome in zip(questions, prompts, prompt_ids, outcomes, strict=True):
-        text = lm.tokenizer.decode(outcome.answer_ids, skip_special_tokens=True).strip()
-        answers.append(
-            Answer(
-                **dataclasses.asdict(question),
-                prompt=prompt,
-                prompt_ids=ids,
-                answer=text,
-                answer_ids=outcome.answer_ids,
-                label=int(data.is_hallucinated(text, question.answers)),
-                logprobs=outcome.logprobs,
-            )
+    question = prompted.question
+    if not question.wrong_answers:
+        raise InputError(
+            f"question {question.id} has no wrong answer; questions.answers=given needs one for every question, as "
+            "truthfulqa and halueval have"
         )
+    right, wrong = (
+        dataclasses.replace(
+            prompted,
+            id=f"{question.id}/{name}",
+            given=text.strip(),
+            given_ids=encode_answer(prompted.prompt, text, tokenizer),
+            label=label,
+        )
+        for name, text, label in (("right", question.answers[0], 0), ("wrong", question.wrong_answers[0], 1))
+    )
+    return right, wrong
+
+
+def _check_lengths(lm: models.LanguageModel, asked: Sequence[Prompted], n_new: int) -> None:
+    for item in asked:
+        n_tokens = len(item.prompt_ids) + len(item.given_ids)
+        if n_tokens + n_new <= lm.n_positions:
+            continue
+        tail = f"; with questions.max_new_tokens {n_new} that" if n_new else " with the given answer; that"
+        raise InputError(
+            f"question {item.id} has {n_tokens} tokens in its prompt{tail} is more than the {lm.n_positions} that "
+            f"{lm.name} reads"
+        )
+
+
+def ask(
+    lm: models.LanguageModel, items: Sequence[Prompted], *, max_new_tokens: int, stop_ids: frozenset[int]
+) -> list[Answer]:
+    """Return the model's greedy answers with labels.
+
+    The generated ids are kept as they are; text is only read from them.
+    """
+    outcomes = lm.generate([item.prompt_ids for item in items], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    answers = []
+    for item, outcome in zip(items, outcomes, strict=True):
+        text = lm.tokenizer.decode(outcome.answer_ids, skip_special_tokens=True).strip()
+        is_wrong = data.is_hallucinated(text, item.question.answers)
+        answers.append(_answer(item, text, outcome.answer_ids, int(is_wrong), outcome.logprobs))
     return answers
+
+
+def read_given(lm: models.LanguageModel, items: Sequence[Prompted], *, batch: int) -> list[Answer]:
+    """Return the given answers with the log-probability the model gives each of their tokens after all before it.
+
+    Raises:
+        InputError: a log-probability is not finite.
+    """
+    longest = max(len(item.prompt_ids) + len(item.given_ids) for item in items)
+    length = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, lm.n_positions)
+    n_rows = min(batch, max(1, _LOGIT_BYTES // (4 * length * lm.n_vocab)))
+    answers = []
+    for start in range(0, len(items), n_rows):
+        chosen = items[start : start + n_rows]
+        token_ids = np.zeros((n_rows, length), np.int32)
+        for row, item in enumerate(chosen):
+            token_ids[row, : len(item.prompt_ids) + len(item.given_ids)] = (*item.prompt_ids, *item.given_ids)
+        logprobs = np.asarray(_next_logprobs(lm.logits(token_ids), jnp.asarray(token_ids)))
+        for row, item in zip(logprobs, chosen, strict=False):
+            first = len(item.prompt_ids) - 1
+            of_answer = row[first : first + len(item.given_ids)]
+            if not np.isfinite(of_answer).all():
+                raise InputError(f"question {item.id}: a log-probability of {lm.name} is not finite; use float32")
+            answers.append(_answer(item, item.given, item.given_ids, item.label, tuple(of_answer.tolist())))
+    return answers
+
+
+@jax.jit
+def _next_logprobs(logits: Float[Array, "B T V"], token_ids: Int[Array, "B T"]) -> Float[Array, "B T-1"]:
+    """Return the log-probability of each token but the first, nats."""
+    logits = logits[:, :-1].astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, token_ids[:, 1:, None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _answer(item: Prompted, text: str, answer_ids: tuple[int, ...], label: int, logprobs: tuple[float, ...]) -> Answer:
+    question = item.question
+    return Answer(
+        id=item.id,
+        question=question.question,
+        answers=question.answers,
+        group=question.group,
+        category=question.category,
+        prompt=item.prompt,
+        prompt_ids=item.prompt_ids,
+        answer=text,
+        answer_ids=answer_ids,
+        label=label,
+        logprobs=logprobs,
+    )
+
+
+def summarise(answers: Sequence[Answer], config: QuestionsConfig) -> tuple[list[Answer], dict[str, Any]]:
+    """Return the answers to keep, and the counts of all of them by class and category with the rules' agreement.
+
+    Given answers are of the class they were given as; of the model's own, refusals are left out if the config says so.
+    """
+    is_given = config.answers == "given"
+    classes = [
+        (labels.WRONG if answer.label else labels.RIGHT) if is_given else labels.classify(answer.answer, answer.answers)
+        for answer in answers
+    ]
+    is_dropped = [name == labels.REFUSAL and config.refusals == "drop" for name in classes]
+    kept = [answer for answer, dropped in zip(answers, is_dropped, strict=True) if not dropped]
+    categories: dict[str, list[int]] = {}
+    for row, answer in enumerate(answers):
+        categories.setdefault(answer.category, []).append(row)
+
+    def count(rows: Sequence[int]) -> dict[str, int]:
+        of_class = {name: sum(classes[row] == name for row in rows) for name in labels.CLASSES}
+        return {"asked": len(rows), **of_class, "dropped": sum(is_dropped[row] for row in rows)}
+
+    by_rule = agreement.label_by_every_rule([a.answer for a in kept], [a.answers for a in kept])
+    by_rule = {"given": [a.label for a in kept], **by_rule} if is_given else by_rule
+    return kept, {
+        "counts": count(range(len(answers))),
+        "by_category": {name: count(rows) for name, rows in sorted(categories.items())},
+        "hallucinated_by_rule": {name: sum(row) for name, row in by_rule.items()},
+        "agreement": agreement.compare_labels(by_rule) if kept else [],
+        "dropped": [
+            {"id": answer.id, "answer": answer.answer}
+            for answer, dropped in zip(answers, is_dropped, strict=True)
+            if dropped
+        ],
+    }
+
+
+def _check_classes(kept: Sequence[Answer], summary: dict[str, Any], partial: Path) -> None:
+    wrong = sum(answer.label for answer in kept)
+    if 0 < wrong < len(kept):
+        return
+    dropped = summary["counts"]["dropped"]
+    found = f"{len(kept) - wrong} right and {wrong} hallucinated" + (f", {dropped} refusals dropped" if dropped else "")
+    raise InputError(
+        f"the answers are of one kind: {found}; detectors need both: ask questions of which the model gets some right "
+        f"and some wrong (questions.path), or look at {partial} and change questions.prompt"
+    )
 
 
 def _append(path: Path, identity: str, answers: Sequence[Answer]) -> None:
@@ -133,11 +330,14 @@ def _read_row(row: dict[str, Any]) -> Answer:
     return Answer(**fields)
 
 
-def _summary(answers: Sequence[Answer]) -> str:
-    """Say how many answers are right and wrong, in all and by category."""
+def _describe(kept: Sequence[Answer], summary: dict[str, Any]) -> str:
+    """Say how many answers are right and wrong, in all and by category, and how many are empty or refusals."""
     by_category: dict[str, list[int]] = {}
-    for answer in answers:
+    for answer in kept:
         by_category.setdefault(answer.category, []).append(answer.label)
-    wrong = sum(answer.label for answer in answers)
+    wrong = sum(answer.label for answer in kept)
     parts = [f"{category or 'all'} {sum(labels)}/{len(labels)}" for category, labels in sorted(by_category.items())]
-    return f"{wrong} of {len(answers)} hallucinated ({', '.join(parts)})"
+    counts = summary["counts"]
+    refusals = f"{counts['refusal']} refusals, {counts['dropped']} of them dropped" if counts["refusal"] else ""
+    also = [f"{counts['empty']} empty" if counts["empty"] else "", refusals]
+    return "; ".join([f"{wrong} of {len(kept)} hallucinated ({', '.join(parts)})", *filter(None, also)])

@@ -93,8 +93,8 @@ STAGES: dict[str, Stage] = {
             settings=("model", "questions"),
             sources=("model", "questions"),
             reads={},
-            writes=("answers.jsonl",),
-            clears=("answers.jsonl", "answers.partial.jsonl"),
+            writes=("answers.jsonl", "answers_summary.json"),
+            clears=("answers.jsonl", "answers_summary.json", "answers.partial.jsonl"),
             is_expensive=True,
         ),
         Stage(
@@ -129,6 +129,7 @@ STAGES: dict[str, Stage] = {
                 "metrics.json": "detect",
                 "predictions.csv": "detect",
                 "answers.jsonl": "answer",
+                "answers_summary.json": "answer",
                 "tracks.npz": "track",
                 "saes/evaluation.json": "train",
             },
@@ -237,7 +238,7 @@ def source_digests(stage: Stage, config: RunConfig) -> dict[str, str]:
         section = getattr(config, source)
         name = getattr(section, "name", None)
         if section.path is None and not name:
-            raise InputError(f"{source}.path is not set; give the {source} to use")
+            raise InputError(f"neither {source}.path nor {source}.name is set; give the {source} to use")
         digests[source] = path_digest(source, resolve_path(section.path)) if section.path is not None else f"hub:{name}"
     return digests
 

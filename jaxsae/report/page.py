@@ -208,7 +208,32 @@ def _counts(inputs: ReportInputs) -> list[Block]:
         f"{tables.count(counts.get('rows'))} answers in {tables.count(counts.get('groups'))} groups, "
         f"{tables.count(counts.get('empty'))} of them empty."
     )
-    return [heading, Paragraph((sentence,)), tables.count_table(inputs)]
+    return [heading, Paragraph((sentence,)), tables.count_table(inputs), *_labels(inputs)]
+
+
+def _labels(inputs: ReportInputs) -> list[Block]:
+    if not inputs.labels:
+        return []
+    counts = {name: tables.count(found) for name, found in inputs.labels["counts"].items()}
+    sentence = (
+        f"Of {counts['asked']} answers {counts['right']} are right, {counts['wrong']} wrong, {counts['empty']} empty "
+        f"(they count as hallucinated) and {counts['refusal']} refusals, such as “I don't know”; {counts['dropped']} "
+        "refusals were left out of everything else in this report."
+    )
+    return [
+        Heading("Labels", level=3),
+        Paragraph((sentence,)),
+        tables.agreement_table(inputs),
+        Paragraph((LABEL_RULES,)),
+    ]
+
+
+LABEL_RULES = (
+    "Results here use the first rule of the table. alias: no right answer stands in the answer as a run of whole "
+    "words; substring: as a run of characters; exact: the answer is none of the right ones; token_f1: the words shared "
+    "with each right answer have an F1 below 0.5; given: as the question set says. κ is the agreement beyond chance, – "
+    "where both rules say the same one thing of every answer."
+)
 
 
 def _examples(inputs: ReportInputs, pictures: dict[str, Picture]) -> list[Block]:

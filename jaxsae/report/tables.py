@@ -49,6 +49,8 @@ class ReportInputs:
             within_ci_low, within_ci_high (against the right ones of the category).
         differences: paired AUROC differences on the same resamples: name, difference, ci_low, ci_high, definition.
         counts: rows, groups, right, wrong, empty; by_category: category -> right, wrong.
+        labels: of all answers, those left out included: counts (asked, right, wrong, empty, refusal, dropped),
+            hallucinated_by_rule (rule -> answers), agreement (a, b, n, agreement, kappa).
         predictions: detector -> (labels, scores, groups), out of fold; a label of 1 is a hallucinated answer. The ROC
             ranks these scores, as AUROC does.
         probabilities: detector -> calibrated scores in the same order; where a detector has none, its scores are taken
@@ -78,6 +80,7 @@ class ReportInputs:
     by_category: Sequence[Row] = ()
     differences: Sequence[Row] = ()
     counts: Row = dataclasses.field(default_factory=dict)
+    labels: Row = dataclasses.field(default_factory=dict)
     predictions: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
     probabilities: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     method: str | None = None
@@ -368,6 +371,24 @@ def _count_row(name: str, row: Row, all_wrong: int | None) -> tuple[str, ...]:
     share = wrong / total if total else None
     part = wrong / all_wrong if wrong is not None and all_wrong else None
     return name, count(right), count(wrong), count(total), number(share, ".1%"), number(part, ".1%")
+
+
+def agreement_table(inputs: ReportInputs) -> Table:
+    """Tabulate how far the labels of each two rules agree; pairs with the run's own rule come first, as they are."""
+    wrong: Row = inputs.labels["hallucinated_by_rule"]
+    rows: tuple[tuple[Inline, ...], ...] = tuple(
+        (
+            Code(row["a"]),
+            Code(row["b"]),
+            number(wrong[row["a"]] / row["n"], ".1%"),
+            number(wrong[row["b"]] / row["n"], ".1%"),
+            number(row["agreement"], ".1%"),
+            number(row["kappa"]),
+        )
+        for row in inputs.labels["agreement"]
+    )
+    header = ("Rule", "Other rule", "Hallucinated", "By the other", "Equal labels", "Cohen's κ")
+    return Table(header, rows, "llrrrr")
 
 
 def disk_table(inputs: ReportInputs) -> Table:

@@ -196,3 +196,28 @@ def test_read_dataset__names_a_dataset_that_cannot_be_opened(monkeypatch, error)
     _fake_datasets(monkeypatch, load_dataset)
     with pytest.raises(InputError, match=r"dataset wiki \(split dev\) cannot be opened: no such thing on the hub$"):
         read_dataset("wiki", split="dev")
+
+
+def test_read_documents__reads_an_article_of_squads_layout_as_one_document(tmp_path):
+    def article(*texts):
+        return {"title": "x", "paragraphs": [{"context": text, "qas": []} for text in texts]}
+
+    articles = {"data": [article("First  one.\nStill.", "Second."), article(" "), article("Ä.")], "version": "1.1"}
+    (tmp_path / "squad.json").write_text(json.dumps(articles))
+    assert list(read_documents(tmp_path / "squad.json")) == ["First one. Still.\nSecond.", "Ä."]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"data": [', r"squad\.json is not readable JSON: .*; expected SQuAD's layout"),
+        ('{"rows": []}', r"squad\.json has another layout \(KeyError\('data'\)\); expected SQuAD's layout"),
+        ("[1]", r"squad\.json has another layout \(TypeError"),
+        ('{"data": [{"paragraphs": [{"context": 3}]}]}', r"squad\.json article 1 has a context that is no text"),
+        ('{"data": []}', r"squad\.json holds no document"),
+    ],
+)
+def test_read_documents__names_a_json_file_of_another_layout(tmp_path, content, words):
+    (tmp_path / "squad.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        list(read_documents(tmp_path / "squad.json"))

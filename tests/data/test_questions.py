@@ -1,10 +1,11 @@
+import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from jaxsae.artifacts import InputError, Question
-from jaxsae.data import format_prompt, read_questions, write_questions
+from jaxsae.data import read_questions, write_questions
 
 ROW = {"id": "q1", "question": "Where is it?", "answers": ["here", "there"], "group": "g1", "category": "often"}
 
@@ -25,6 +26,7 @@ def test_read_questions__reads_every_field(tmp_path):
 
 def test_write_questions__is_undone_by_read_questions(tmp_path):
     questions = [Question("1", 'Wo «ist» "es"?\n', ("Überall",), "g"), Question("2", "x", ("y", "z"), "g", "seldom")]
+    questions += [Question("3", "x", ("y",), "g", wrong_answers=("q", "r"), knowledge="y is x")]
     write_questions(tmp_path / "q.jsonl", questions)
     assert read_questions(tmp_path / "q.jsonl") == questions
 
@@ -72,11 +74,108 @@ def test_read_questions__refuses_an_empty_or_missing_file(tmp_path):
         read_questions(tmp_path / "other.jsonl")
 
 
-def test_format_prompt__replaces_the_placeholder_alone():
-    assert format_prompt("{x} Q: {question} {}A:", "Is {it} {question}?") == "{x} Q: Is {it} {question}? {}A:"
-    assert format_prompt("{question}", Question("1", "Who?", ("I",), "g")) == "Who?"
+TABLE = [
+    {
+        "ID": "1",
+        "Question": "Who, then?",
+        "Answers": "Ann; Bob ;",
+        "Group": "g",
+        "Category": "",
+        "Knowledge": "It, was.",
+    },
+    {
+        "ID": "2",
+        "Question": "Which\nline?",
+        "Answers": '["one; two", "three"]',
+        "Group": "h",
+        "Category": "c",
+        "Knowledge": "",
+    },
+]
 
 
-def test_format_prompt__refuses_a_template_without_the_placeholder():
-    with pytest.raises(InputError, match=r"questions\.prompt must hold \{question\}, got 'Q: \{\}'"):
-        format_prompt("Q: {}", "Who?")
+def _write_table(path: Path, rows, delimiter=",") -> Path:
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("q.csv", ","), ("q.tsv", "\t"), ("q.CSV", ",")])
+def test_read_questions__reads_a_table_with_named_columns(tmp_path, name, delimiter):
+    assert read_questions(_write_table(tmp_path / name, TABLE, delimiter)) == [
+        Question("1", "Who, then?", ("Ann", "Bob"), "g", knowledge="It, was."),
+        Question("2", "Which\nline?", ("one; two", "three"), "h", "c"),
+    ]
+
+
+def test_read_questions__takes_a_lone_answer_and_wrong_ones(tmp_path):
+    rows = [{"question": "Who?", "answer": "Ann", "incorrect_answers": ["Bob", "Eve"]}]
+    (question,) = read_questions(_write(tmp_path / "q.jsonl", *rows))
+    assert (question.answers, question.wrong_answers) == (("Ann",), ("Bob", "Eve"))
+    (question,) = read_questions(_write_table(tmp_path / "q.csv", [rows[0] | {"incorrect_answers": "Bob;Eve"}]))
+    assert (question.answers, question.wrong_answers) == (("Ann",), ("Bob", "Eve"))
+
+
+def test_read_questions__makes_ids_and_groups_from_the_text_where_the_file_has_none(tmp_path):
+    rows = [{"question": text, "answers": ["x"]} for text in ("Who is it?", "Where?", "who is it")]
+    found = read_questions(_write(tmp_path / "q.jsonl", *rows))
+    assert [question.group for question in found] == ["who is it", "where", "who is it"]
+    assert len({question.id for question in found}) == 3
+
+
+def test_read_questions__follows_the_columns_it_is_told(tmp_path):
+    rows = [{"nr": "7", "Frage": "Wo?", "gold": "hier", "question": "not this"}]
+    columns = ("id=nr", "question=Frage", "answers=gold")
+    for path in (_write_table(tmp_path / "q.csv", rows), _write(tmp_path / "q.jsonl", *rows)):
+        (question,) = read_questions(path, columns=columns)
+        assert (question.id, question.question, question.answers) == ("7", "Wo?", ("hier",))
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (("frage=x",), r"questions\.columns holds 'frage=x', expected FIELD=COLUMN with a field among id, question"),
+        (("question",), r"questions\.columns holds 'question', expected FIELD=COLUMN"),
+        (("group=set",), r"q\.jsonl line 1 lacks the field 'set'; it has id, question, answers, group, category$"),
+    ],
+)
+def test_read_questions__names_columns_that_are_not_there(tmp_path, columns, words):
+    with pytest.raises(InputError, match=words):
+        read_questions(_write(tmp_path / "q.jsonl", ROW), columns=columns)
+
+
+def test_read_questions__names_row_and_field_of_a_table(tmp_path):
+    blank = TABLE[0] | {"ID": "3", "Answers": " "}
+    path = _write_table(tmp_path / "q.csv", [TABLE[0], TABLE[0] | {"ID": "2"}, blank])
+    with pytest.raises(InputError, match=r"q\.csv line 4 lacks the field 'Answers'; it has ID, Question, Group, Know"):
+        read_questions(path)
+    with pytest.raises(InputError, match=r"q\.csv line 2: 'Answers' is empty; at least one right answer"):
+        read_questions(_write_table(tmp_path / "q.csv", [TABLE[0] | {"Answers": " ; "}]))
+    with pytest.raises(InputError, match=r"q\.csv line 2: 'Answers' is no JSON list .*\[Ann"):
+        read_questions(_write_table(tmp_path / "q.csv", [TABLE[0] | {"Answers": "[Ann]"}]))
+    with pytest.raises(InputError, match=r"q\.csv line 2 lacks the field 'question'; it has quest, answers"):
+        read_questions(_write_table(tmp_path / "q.csv", [{"quest": "a", "answers": "b"}]))
+
+
+def test_read_questions__goes_by_the_files_ending_unless_told(tmp_path):
+    with pytest.raises(
+        InputError, match=r"q\.json ends in none of \.jsonl, \.csv, \.tsv; set questions\.format to one of"
+    ):
+        read_questions(_write(tmp_path / "q.json", ROW))
+    assert len(read_questions(_write(tmp_path / "q.json", ROW), format="jsonl")) == 1
+    with pytest.raises(InputError, match=r"questions\.format is 'xml', expected one of jsonl, csv, truthfulqa"):
+        read_questions(tmp_path / "q.json", format="xml")
+
+
+def test_read_questions__refuses_columns_for_a_published_set(tmp_path):
+    with pytest.raises(InputError, match=r"questions\.columns is \['id=x'\], but nq_open has columns of its own"):
+        read_questions(_write(tmp_path / "q.json", ROW), format="nq_open", columns=("id=x",))
+
+
+def test_read_questions__finds_optional_fields_in_whatever_row_has_them(tmp_path):
+    rows = [ROW, ROW | {"id": "q2", "incorrect_answers": ["no"], "Knowledge": "It is here."}]
+    first, second = read_questions(_write(tmp_path / "q.jsonl", *rows))
+    assert (first.wrong_answers, first.knowledge) == ((), "")
+    assert (second.wrong_answers, second.knowledge) == (("no",), "It is here.")

@@ -76,7 +76,8 @@ def test_corpus_that_is_missing__is_named(fresh, refuses, tmp_path):
     words = rf"corpus\.path {tmp_path}/nope\.txt does not exist"
     refuses(fresh, "extract", words, corpus__path=tmp_path / "nope.txt")
     refuses(fresh, "run", words, corpus__path=tmp_path / "nope.txt")
-    refuses(fresh, "extract", r"corpus\.path is not set; give the corpus to use", corpus__path="none")
+    words = r"neither corpus\.path nor corpus\.name is set; give the corpus to use"
+    refuses(fresh, "extract", words, corpus__path="none")
     assert not fresh.workdir.exists()
 
 

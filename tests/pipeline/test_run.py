@@ -37,7 +37,8 @@ def test_run__leaves_the_files_that_are_documented(finished):
     found = {path.name for path in finished.workdir.iterdir()}
     assert found == {
         *("activations", "saes", "logs", "manifests", "figures", "detector"),
-        *("answers.jsonl", "features.npz", "tracks.npz", "predictions.csv", "metrics.json", "report.md", "report.html"),
+        *("answers.jsonl", "answers_summary.json", "features.npz", "tracks.npz", "predictions.csv", "metrics.json"),
+        *("report.md", "report.html"),
     }
     assert not list(finished.workdir.rglob("*.partial"))
     documented = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")

@@ -149,6 +149,19 @@ def test_count_table__shares_are_of_the_category(make_inputs):
     assert table.rows[0][0] == "(no category)"
 
 
+def test_agreement_table__gives_shares_and_kappa_of_each_pair(make_inputs):
+    labels = {
+        "hallucinated_by_rule": {"alias": 6, "exact": 8},
+        "agreement": [
+            {"a": "alias", "b": "exact", "n": 8, "agreement": 0.75, "kappa": None},
+            {"a": "exact", "b": "alias", "n": 8, "agreement": 0.75, "kappa": 0.25},
+        ],
+    }
+    table = tables.agreement_table(make_inputs(labels=labels))
+    assert cells(table, 0) == ["alias", "exact", "75.0%", "100.0%", "75.0%", "–"]
+    assert cells(table, 1) == ["exact", "alias", "100.0%", "75.0%", "75.0%", "0.250"]
+
+
 def test_settings_table__has_one_row_per_leaf(make_inputs):
     table = tables.settings_table({"sae": {"k": 8, "x": {"name": ""}}, "seed": None}, header=("a", "b"))
     assert [cells(table, row) for row in range(3)] == [["sae.k", "8"], ["sae.x.name", "''"], ["seed", "None"]]
