@@ -18,6 +18,7 @@ COMMANDS = {
     "track": "answers -> SAE features and their tracks through the layers, features.npz and tracks.npz",
     "detect": "features and tracks -> detectors of hallucinated answers beside baselines, metrics.json",
     "evaluate": "everything measured -> report.md, report.html and figures/",
+    "plan": "time, memory and disk of each stage, before anything runs; reads no weights",
 }
 _SECTIONS = {
     "extract": ("model", "corpus", "activations", "seed"),
@@ -35,6 +36,13 @@ _FLAGS = """\
   --dry-run                     say what would run and why, change nothing
   --redo                        remove this stage's earlier outcome and run it again
   --verbosity=-1..1             warnings only, progress (default), debugging"""
+_HYPHENATED = {"--dry-run": "--dry_run", "--device-memory": "--device_memory"}
+_PLAN_FLAGS = """\
+  --config=FILE                 the run's settings; configs/ holds those that are shipped
+  --config.SECTION.FIELD=VALUE  change one of them; =none unsets a field that may be unset
+  --workdir=DIR                 the disk to look at (default: that of temporary files); nothing is kept there
+  --devices=N                   plan for N devices like the one here (default: those here)
+  --device-memory=GIB           memory of each (default: that of the one here)"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,7 +85,8 @@ def help_text(command: str | None = None) -> str:
     from jaxsae.config import describe
 
     sections = _SECTIONS.get(command) or tuple(dict.fromkeys(s for names in _SECTIONS.values() for s in names))
-    return "\n".join([f"jaxsae {command}: {COMMANDS[command]}", "", _FLAGS, "", describe(*sections)])
+    flags = _PLAN_FLAGS if command == "plan" else _FLAGS
+    return "\n".join([f"jaxsae {command}: {COMMANDS[command]}", "", flags, "", describe(*sections)])
 
 
 def _command(argv: list[str]) -> int:
@@ -96,21 +105,32 @@ def _command(argv: list[str]) -> int:
     flags.DEFINE_bool("dry_run", False, "change nothing", flag_values=flag_values)
     flags.DEFINE_bool("redo", False, "run again", flag_values=flag_values)
     flags.DEFINE_integer("verbosity", 0, "how much is logged", flag_values=flag_values)
-    rest = settings.parse(flag_values, ["--dry_run" if arg == "--dry-run" else arg for arg in argv])
+    if names[0] == "plan":
+        flags.DEFINE_integer("devices", None, "devices to plan for", 1, flag_values=flag_values)
+        flags.DEFINE_float("device_memory", None, "GiB of each", 0, flag_values=flag_values)
+    rest = settings.parse(flag_values, [_with_underscore(arg) for arg in argv])
     if len(rest) > 2:
         raise InputError(f"one command at a time, got {' '.join(rest[1:])}; flags are written --name=value")
     if flag_values.config is None:
         raise InputError(f"--config is missing; {_USAGE}")
-    if not flag_values.workdir:
+    if not flag_values.workdir and names[0] != "plan":
         raise InputError("--workdir is missing; it has no default, name a folder for the run's files")
     config = settings.resolve(flag_values.config)
     flags.FLAGS.mark_as_parsed()
     _set_up_logging(absl_logging, flag_values.verbosity)
+    if names[0] == "plan":
+        return _plan(config, flag_values)
     config_name = Path(settings.config_file(flag_values)).stem
     execute = _dry_run if flag_values.dry_run else _execute
     return execute(
         names[0], config, Path(flag_values.workdir), config_name, shlex.join(["jaxsae", *argv[1:]]), flag_values.redo
     )
+
+
+def _with_underscore(arg: str) -> str:
+    """Write a flag's name as absl knows it: --device-memory=24 is --device_memory=24."""
+    name, equals, value = arg.partition("=")
+    return _HYPHENATED.get(name, name) + equals + value
 
 
 def _nearest(given: str) -> str:
@@ -130,6 +150,15 @@ def _dry_run(command: str, config, workdir: Path, config_name: str, command_line
     from jaxsae.pipeline import run as runs
 
     print("\n".join(runs.plan(command, config, workdir, redo=redo)))
+    return 0
+
+
+def _plan(config, flag_values) -> int:
+    from jaxsae.pipeline import plan
+
+    workdir = Path(flag_values.workdir) if flag_values.workdir else None
+    lines = plan.run(config, workdir, devices=flag_values.devices, device_gib=flag_values.device_memory)
+    print("\n".join(lines))
     return 0
 
 

@@ -110,13 +110,14 @@ def test_help__of_a_command_names_its_settings(command, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"jaxsae {command}: ")
     named = {section for section in SECTIONS if f"  --config.{section}." in said}
-    wanted = {name.split(".")[0] for name in STAGES[command].settings} if command != "run" else set(SECTIONS)
+    is_whole = command in ("run", "plan")
+    wanted = set(SECTIONS) if is_whole else {name.split(".")[0] for name in STAGES[command].settings}
     assert named >= wanted - {"seed"}
-    assert ("seed (0)" in said) == (command == "run" or "seed" in STAGES[command].settings or command == "extract")
+    assert ("seed (0)" in said) == (is_whole or "seed" in STAGES[command].settings or command == "extract")
 
 
-def test_commands__are_the_stages_and_run():
-    assert list(cli.COMMANDS) == ["run", *STAGES]
+def test_commands__are_run_the_stages_and_plan():
+    assert list(cli.COMMANDS) == ["run", *STAGES, "plan"]
 
 
 def test_help__answers_within_a_second_and_loads_nothing_heavy():
