@@ -137,9 +137,7 @@ class LanguageModel:
         Raises:
             InputError: see `jaxsae.models.generate.generate`; prompts are named by index.
         """
-        how = GenerateConfig(
-            max_new_tokens, stop_ids, stop_strings, temperature, top_p, seed, keep_residuals, n_rows
-        )
+        how = GenerateConfig(max_new_tokens, stop_ids, stop_strings, temperature, top_p, seed, keep_residuals, n_rows)
         shared = {"tokenizer": self.tokenizer, "dtype": self.dtype, "on_progress": on_progress}
         return generate.generate(self.config, self.params, prompts, how, **shared)
 

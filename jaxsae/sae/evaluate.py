@@ -185,11 +185,10 @@ def language_model_loss(
         token_ids = contexts[start : start + batch]
         is_kept = (np.arange(token_ids.shape[1]) > 0) & (token_ids != bos_id)
         resid, logits = lm.residuals_and_logits(token_ids)
+        own = _log_probabilities(logits), _cross_entropy(logits, token_ids, is_kept)
         n_tokens += int(is_kept[:, :-1].sum())
         for layer in range(n_layers):
-            sums = _replaced_losses(
-                suite.layer(layer), lm, layer, resid[layer], logits, token_ids, is_kept, centre[layer]
-            )
+            sums = _replaced_losses(suite.layer(layer), lm, layer, resid[layer], own, token_ids, is_kept, centre[layer])
             for name in names:
                 totals[name][layer] += float(sums[name])
         on_batch(start + batch)
@@ -205,25 +204,25 @@ def _replaced_losses(
     lm: Any,
     layer: int,
     resid: Float[Array, "B T D"],
-    logits: Float[Array, "B T V"],
+    own: tuple[Float[Array, "B T V"], Float[Array, ""]],
     token_ids: Int[np.ndarray, "B T"],
     is_kept: Bool[np.ndarray, "B T"],
     centre: Float[np.ndarray, " D"],
 ) -> dict[str, Float[Array, ""]]:
+    """Return what one layer's replacements add to the summed loss; `own` is the model's own log p and summed loss."""
     resid = jnp.asarray(resid, jnp.float32)
+    log_p, own_ce = own
     replacements = {
         "delta_ce": reconstruct(sae, resid),
         "delta_ce_zero": jnp.zeros_like(resid),
         "delta_ce_mean": jnp.broadcast_to(jnp.asarray(centre, jnp.float32), resid.shape),
     }
-    own = _losses(logits, logits, token_ids, is_kept)
     sums = {}
     for name, replacement in replacements.items():
         changed = lm.logits_from(layer, jnp.where(is_kept[..., None], replacement, resid))
-        losses = _losses(changed, logits, token_ids, is_kept)
-        sums[name] = losses["ce"] - own["ce"]
+        sums[name] = _cross_entropy(changed, token_ids, is_kept) - own_ce
         if name == "delta_ce":
-            sums["kl"] = losses["kl"]
+            sums["kl"] = _divergence(log_p, changed, is_kept)
     return sums
 
 
@@ -234,16 +233,25 @@ def reconstruct(sae: SaeSuite, resid: Float[Array, "... D"]) -> Float[Array, "..
 
 
 @jax.jit
-def _losses(
-    logits: Float[Array, "B T V"],
-    reference: Float[Array, "B T V"],
-    token_ids: Int[Array, "B T"],
-    is_kept: Bool[Array, "B T"],
-) -> dict[str, Float[Array, ""]]:
-    """Return summed cross-entropy of the next tokens and summed KL(reference || logits), over kept tokens."""
-    log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-    log_q = jax.nn.log_softmax(reference[:, :-1].astype(jnp.float32))
-    weights = is_kept[:, :-1].astype(jnp.float32)
-    ce = -jnp.take_along_axis(log_p, token_ids[:, 1:, None], axis=-1)[..., 0]
-    kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
-    return {"ce": jnp.sum(ce * weights), "kl": jnp.sum(kl * weights)}
+def _log_probabilities(logits: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+    return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+
+@jax.jit
+def _cross_entropy(
+    logits: Float[Array, "B T V"], token_ids: Int[Array, "B T"], is_kept: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Return the cross-entropy of the next tokens summed over the kept ones, nats."""
+    logits = logits[:, :-1].astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, token_ids[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * is_kept[:, :-1])
+
+
+@jax.jit
+def _divergence(
+    log_p: Float[Array, "B T V"], logits: Float[Array, "B T V"], is_kept: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Return KL(p || softmax(logits)) summed over the kept tokens that have a next one, nats."""
+    log_q = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    log_p = log_p[:, :-1]
+    return jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * is_kept[:, :-1])
