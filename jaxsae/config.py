@@ -114,7 +114,7 @@ class QuestionsConfig:
     shots: int | None = _field(None, "worked examples in the format's own prompt; unset: its own number, in a chat 0")
     chat: bool = _field(False, "ask through the tokenizer's chat template; the prompt is the user's message")
     stop: tuple[str, ...] = _field(
-        ("auto",), "an answer ends before the first token that holds one of these; auto: the format's own"
+        ("auto",), "an answer ends before the first of these strings, at a token's edge; auto: the format's own"
     )
     answers: str = _field("own", "own: the model's greedy answers; given: the set's right and wrong one (a diagnostic)")
     refusals: str = _field("drop", "answers such as I don't know: drop (leave out, counted) or wrong (hallucinated)")
