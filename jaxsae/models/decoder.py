@@ -71,12 +71,13 @@ def logits_from(
     return model.unembed(last, config, dtype)
 
 
-def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
+def unstack(config: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     """Return weights with one dict a block in place of the stacked blocks; each block's weights are copied.
 
-    `step` runs faster on these on a CPU (`layers.unroll_blocks`). Only `step` takes them.
+    `step` runs faster on these on a CPU (`layers.unroll_blocks`), and only `step` takes them: weights that are
+    [in, out] are [out, in] there, as `layers.project` reads them.
     """
-    return {**params, "blocks": _layers_of(params["blocks"])}
+    return {**params, "blocks": tuple(_turn(config, block) for block in _layers_of(params["blocks"]))}
 
 
 def prefill(
@@ -124,15 +125,33 @@ def step(
     """
     layers.check_dtype(dtype)
     if isinstance(params["blocks"], tuple):
-        model = _merge(config, {**params, "blocks": params["blocks"][0]})
+        weights = [_turn(config, block) for block in params["blocks"]]
+        model = _merge(config, {**params, "blocks": weights[0]})
         graph, _ = nnx.split(model.blocks)
+        blocks = [nnx.merge(graph, block) for block in weights]
         x = model.embed(token_ids[:, None], sight.positions, config)
-        blocks = (nnx.merge(graph, weights) for weights in params["blocks"])
         last, resid, seen = layers.unroll_blocks(blocks, x, sight, _apply(config, dtype))
     else:
         model = _merge(config, params)
         last, resid, seen = _run_blocks(config, model, token_ids[:, None], sight, dtype, keep="residuals sight")
     return model.unembed(last, config, dtype)[:, 0], resid[:, :, 0], Sight(sight.positions + 1, seen.keys, seen.values)
+
+
+def _turn(config: Any, block: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a block's [in, out] weights over to [out, in], or back; the others stay."""
+    turned = _in_out_weights(config)
+
+    def turn(path, leaf):
+        return leaf.T if tuple(entry.key for entry in path) in turned else leaf
+
+    return jax.tree_util.tree_map_with_path(turn, dict(block))
+
+
+@functools.lru_cache(maxsize=16)
+def _in_out_weights(config: Any) -> frozenset[tuple[Any, ...]]:
+    model = nnx.eval_shape(lambda: families.of(config.model_type).Model(config, jax.random.key(0)))
+    modules = nnx.iter_modules(model.blocks)
+    return frozenset((*path, "weight") for path, module in modules if isinstance(module, layers.Projection))
 
 
 def _layers_of(stacked: Any) -> tuple[Any, ...]:

@@ -107,7 +107,7 @@ def generate(
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[min(_padded_length(len(prompt)), config.n_positions - how.max_new_tokens)].append(index)
-    step_params = _unstack(params) if _pays_to_unstack(params) else params
+    step_params = _unstack(config, params) if _pays_to_unstack(params) else params
     call = _Call(config, dtype, params, step_params, how, tokenizer, _controls(config, how))
     draw_keys = _draw_keys(prompts, how.seed)
     generations: dict[int, Generation] = {}
@@ -175,7 +175,7 @@ def _pays_to_unstack(params: Any) -> bool:
     return is_on_cpu and sum(leaf.nbytes for leaf in leaves) <= UNSTACK_BYTES
 
 
-_unstack = jax.jit(decoder.unstack)
+_unstack = jax.jit(decoder.unstack, static_argnums=0)
 
 
 def _draw_keys(prompts: Sequence[Sequence[int] | np.ndarray], seed: int) -> UInt32[np.ndarray, "N 2"]:

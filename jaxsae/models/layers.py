@@ -37,6 +37,18 @@ def einsum(formula: str, left: Float[Array, "..."], right: Float[Array, "..."], 
     return jnp.einsum(formula, *operands, precision=precision, preferred_element_type=jnp.float32)
 
 
+def project(x: Float[Array, "B T d_in"], weight: Float[Array, "d_out d_in"], dtype: str) -> Float[Array, "B T d_out"]:
+    """Return x Wᵀ.
+
+    For one token a row, where reading W is the cost, W is the left operand and the result is turned over: on a CPU XLA
+    does this 1.3 to 2.5 times as fast, for 4 to 64 rows. The barrier keeps it from turning the dot itself over.
+    """
+    if x.shape[1] > 1:
+        return einsum("bti,oi->bto", x, weight, dtype)
+    turned = einsum("oi,bti->obt", weight, x, dtype)
+    return jnp.moveaxis(jax.lax.optimization_barrier(turned), 0, -1)
+
+
 class Embedding(nnx.Module):
     """A table of vectors, one row an id."""
 
@@ -62,7 +74,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T d_in"], dtype: str) -> Float[Array, "B T d_out"]:
         """Return x W + b."""
-        return einsum("bti,io->bto", x, self.weight[...], dtype) + self.bias[...].astype(jnp.float32)
+        return project(x, self.weight[...].T, dtype) + self.bias[...].astype(jnp.float32)
 
 
 class Linear(nnx.Module):
@@ -75,7 +87,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T d_in"], dtype: str) -> Float[Array, "B T d_out"]:
         """Return x Wᵀ, plus b where there is one."""
-        mapped = einsum("bti,oi->bto", x, self.weight[...], dtype)
+        mapped = project(x, self.weight[...], dtype)
         return mapped + self.bias[...].astype(jnp.float32) if hasattr(self, "bias") else mapped
 
 

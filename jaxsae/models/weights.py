@@ -25,9 +25,8 @@ from jaxsae.mesh import param_sharding
 from jaxsae.models import decoder, families, layers
 from jaxsae.models.checkpoints import CONFIG_FILE, SINGLE_FILE, Checkpoint, StoredTensor
 
-CHUNK_BYTES = (
-    8 * 2**20
-)  # of a tensor that is read at once; large enough for dequantisation and page cache to run at speed
+# Of a tensor that is read at once: large enough for dequantisation and page cache to run at speed.
+CHUNK_BYTES = 8 * 2**20
 _ALIGNMENT = 64  # bytes; jax on CPU takes an array over without a copy if it begins at a multiple
 
 

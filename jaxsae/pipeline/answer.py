@@ -6,7 +6,6 @@ and length, so results on them are diagnostics.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -133,8 +132,8 @@ def _prepare(
         return asked, lambda chunk: read_given(lm, chunk, batch=config.batch)
     _check_lengths(lm, asked, config.max_new_tokens)
     stop_ids = models.generate.stop_token_ids(lm.tokenizer, prompter.stop) | lm.eos_ids
-    answer = functools.partial(ask, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids, stop=prompter.stop)
-    return asked, lambda chunk: answer(lm, chunk)
+    how = {"max_new_tokens": config.max_new_tokens, "stop_ids": stop_ids, "stop_strings": prompter.stop}
+    return asked, lambda chunk: ask(lm, chunk, **how, n_rows=config.batch)
 
 
 def put(question: Question, prompter: Prompter, tokenizer: Any) -> Prompted:
@@ -180,25 +179,12 @@ def _check_lengths(lm: models.LanguageModel, asked: Sequence[Prompted], n_new: i
         )
 
 
-def ask(
-    lm: models.LanguageModel,
-    items: Sequence[Prompted],
-    *,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    stop: Sequence[str],
-) -> list[Answer]:
-    """Return the model's greedy answers with labels.
+def ask(lm: models.LanguageModel, items: Sequence[Prompted], **how: Any) -> list[Answer]:
+    """Return the model's answers with labels; `how` goes to `LanguageModel.generate`.
 
     The generated ids are kept as they are; text is only read from them.
-
-    Args:
-        stop_ids: tokens that end an answer: those of end-of-text, and those that hold a stop string.
-        stop: stop strings, which end an answer also where several tokens spell them.
     """
-    outcomes = lm.generate(
-        [item.prompt_ids for item in items], max_new_tokens=max_new_tokens, stop_ids=stop_ids, stop_strings=stop
-    )
+    outcomes = lm.generate([item.prompt_ids for item in items], **how)
     answers = []
     for item, outcome in zip(items, outcomes, strict=True):
         text = lm.tokenizer.decode(outcome.answer_ids, skip_special_tokens=True).strip()

@@ -1,18 +1,21 @@
 """Measure a model's forward pass and generation against transformers: `launch/bench [DIR]`, or this file with DIR.
 
 Two models with random weights, float32, of the shapes of SmolLM2-135M and GPT-2, on the same number of threads. The two
-libraries take turns within one run, and a figure is the median of its turns. Prints one table and writes generate.json
-into DIR. The limits are measured in the same run: of the forward pass the speed of a matrix product (1,024 x 1,536 x
-1,536), of generation the speed of summing an array of the parameters' size, which each token reads once.
+libraries take turns within one run, and a figure is the median of its turns. Nothing else should run meanwhile:
+transformers' threads wait spinning and lose most by company. Prints one table and writes generate.json into DIR.
+
+The limits are measured in the same run: of the forward pass the speed of a matrix product (1,024 x 1,536 x 1,536), of
+generation the speed of summing an array of the parameters' size, which each token reads once.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +75,7 @@ def take_turns(**tasks: Callable[[], Any]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def bench(name: str) -> list[Row]:
+def bench(name: str) -> Iterator[Row]:
     fields = MODELS[name]
     reference = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**fields), dtype=torch.float32
@@ -80,9 +83,9 @@ def bench(name: str) -> list[Row]:
     reference.generation_config.update(eos_token_id=None, bos_token_id=None, pad_token_id=0)
     config = families.of(fields["model_type"]).read_config(fields)
     params = decoder.init(config, jax.random.key(0))
-    return [bench_forward(name, config, params, reference)] + [
-        bench_generate(name, config, params, reference, n_rows) for n_rows in (1, 16)
-    ]
+    yield bench_forward(name, config, params, reference)
+    for n_rows in (1, 16):
+        yield bench_generate(name, config, params, reference, n_rows)
 
 
 def bench_forward(name: str, config: Any, params: Any, reference: Any) -> Row:
@@ -135,17 +138,17 @@ def _speeds(n_tokens: int, seconds: dict[str, float]) -> tuple[float, float]:
 
 def main(dir: Path, names: list[str]) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    rows = [row for name in names for row in bench(name)]
     print(
         f"tokens/s, float32, {jax.devices()[0].device_kind} against transformers on {torch.get_num_threads()} threads"
     )
     print(f"{'model':14}{'task':28}{'jaxsae':>10}{'transformers':>14}{'ratio':>8}{'of limit':>10}")
-    for row in rows:
+    rows = []
+    for row in itertools.chain.from_iterable(map(bench, names)):
         speeds = f"{row.jaxsae:10.1f}{row.transformers:14.1f}{row.ratio:8.2f}{row.share:10.0%}"
-        print(f"{row.model:14}{row.task:28}{speeds}")
+        print(f"{row.model:14}{row.task:28}{speeds}", flush=True)
+        rows.append(dataclasses.asdict(row) | {"ratio": row.ratio})
     dir.mkdir(parents=True, exist_ok=True)
-    written = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
-    (dir / "generate.json").write_text(json.dumps(written, indent=2) + "\n")
+    (dir / "generate.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

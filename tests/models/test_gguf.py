@@ -581,6 +581,31 @@ def test_smollm2__logits_are_transformers(smollm2, smollm2_reference):
     np.testing.assert_allclose(smollm2.logits(ids), expected, atol=1e-3)
 
 
+COUNTRIES = """
+    France Germany Italy Spain Portugal Poland Austria Hungary Greece Turkey Egypt Kenya Nigeria Ghana Senegal Morocco
+    Ethiopia Angola India Pakistan Nepal Japan China Mongolia Vietnam Thailand Indonesia Malaysia Australia Canada
+    Mexico Cuba Jamaica Panama Colombia Peru Chile Argentina Uruguay Brazil Norway Sweden Denmark Finland Iceland
+    Ireland Scotland Belgium Ukraine Romania
+"""
+
+
+@needs_smollm2
+def test_smollm2__continues_50_prompts_as_transformers_does(smollm2, smollm2_reference):
+    questions = ("The capital of {} is", "The largest river of {} is called the", "In {}, most people speak")
+    texts = [questions[i % 3].format(country) for i, country in enumerate(COUNTRIES.split())]
+    prompts = [smollm2.tokenizer.encode(text) for text in texts]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    with torch.no_grad():
+        continued = smollm2_reference.generate(
+            padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    found = smollm2.generate(prompts, max_new_tokens=8)
+    assert len(found) == 50
+    assert [list(answer.answer_ids) for answer in found] == continued[:, longest:].tolist()
+
+
 @needs_smollm2
 def test_smollm2__continues_as_its_facts_say(smollm2):
     for prompt, expected in (

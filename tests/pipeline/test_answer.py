@@ -72,7 +72,7 @@ def asked_of(answer, asked):
 def test_given_answers__that_are_the_models_own_have_the_log_probabilities_of_its_generation(lm, asked):
     items = put(lm, asked)
     stop_ids = models.generate.stop_token_ids(lm.tokenizer, (".",))
-    own = [a for a in stage.ask(lm, items, max_new_tokens=8, stop_ids=stop_ids, stop=(".",)) if a.answer_ids]
+    own = [a for a in stage.ask(lm, items, max_new_tokens=8, stop_ids=stop_ids) if a.answer_ids]
     given = [
         stage.Prompted(items[0].question, answer.prompt, answer.prompt_ids, answer.id, answer.answer, answer.answer_ids)
         for answer in own
