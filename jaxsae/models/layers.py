@@ -198,10 +198,30 @@ def attention(
 
     Each of the G heads of keys and values serves H / G neighbouring heads of queries.
     """
+    dot = _single_row_einsum if query.shape[1] == 1 else einsum
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
-    scores = einsum("btgrc,bsgc->bgrts", grouped, key, dtype) * scale
+    scores = dot("btgrc,bsgc->bgrts", grouped, key, dtype) * scale
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
-    return einsum("bgrts,bsgc->btgrc", weights, value, dtype).reshape(query.shape)
+    return dot("bgrts,bsgc->btgrc", weights, value, dtype).reshape(query.shape)
+
+
+def _single_row_einsum(
+    formula: str, left: Float[Array, "..."], right: Float[Array, "..."], dtype: str
+) -> Float[Array, "..."]:
+    """Return what `einsum` does, where a CPU has no product of bfloat16s: for a batch of single rows.
+
+    There the rounded operands are multiplied in float32, which holds the products exactly.
+    """
+    if dtype == "float32":
+        return einsum(formula, left, right, dtype)
+
+    def on_cpu(left, right):
+        return einsum(formula, left.astype(dtype).astype(jnp.float32), right.astype(jnp.float32), "float32")
+
+    def elsewhere(left, right):
+        return einsum(formula, left, right, dtype)
+
+    return jax.lax.platform_dependent(left, right.astype(dtype), cpu=on_cpu, default=elsewhere)
 
 
 def tensor_name(path: tuple[str, ...], *, blocks: str) -> str:

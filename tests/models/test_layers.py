@@ -1,5 +1,7 @@
 """The building blocks against plain loops and transformers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,3 +107,21 @@ def test_norms__equal_torch():
     np.testing.assert_allclose(norm(jnp.asarray(x), 0.3), expected.numpy(), atol=1e-5)
     expected = torch.nn.functional.rms_norm(torch.tensor(x), (8,), torch.tensor(weight), 0.3)
     np.testing.assert_allclose(rms(jnp.asarray(x), 0.3), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_heads", "n_key_heads"), [(9, 3), (4, 4), (8, 1)])
+@pytest.mark.parametrize("n_rows", [1, 2, 16])
+def test_attend__one_token_a_row_in_bfloat16__is_near_float32(n_rows, n_heads, n_key_heads):
+    # Products of bfloat16s in batches of single rows of this width are what XLA has no program for on a CPU.
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(n_rows, 1, n_heads, 64)), jnp.float32)
+    fresh = jnp.asarray(rng.normal(size=(n_rows, 1, n_key_heads, 64)), jnp.float32)
+    slots = jnp.asarray(rng.normal(size=(n_rows, n_key_heads, 24, 64)), jnp.bfloat16)
+    positions = jnp.full((n_rows, 1), 7)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def attend(dtype, query, fresh, slots):
+        return layers.Sight(positions, slots, slots).attend(query, fresh, fresh, scale=0.125, dtype=dtype)[0]
+
+    exact = attend("float32", query, fresh, slots.astype(jnp.float32))
+    np.testing.assert_allclose(attend("bfloat16", query, fresh, slots), exact, atol=0.03)
