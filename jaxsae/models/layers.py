@@ -174,8 +174,7 @@ class Sight:
         visible = slots <= at
         if window is not None:
             visible &= slots > at - window
-        every_key, every_value = (jnp.swapaxes(part, 1, 2) for part in (keys, values))
-        mixed = attention(query, every_key, every_value, visible, scale=scale, dtype=dtype)
+        mixed = attention(query, keys, values, visible, scale=scale, dtype=dtype)
         return mixed, Sight(self.positions, keys, values)
 
     def _fill(self, slots: Any, fresh: Float[Array, "B T G C"]) -> Float[Array, "B G S C"]:
@@ -187,8 +186,8 @@ class Sight:
 
 def attention(
     query: Float[Array, "B T H C"],
-    key: Float[Array, "B S G C"],
-    value: Float[Array, "B S G C"],
+    key: Float[Array, "B G S C"],
+    value: Float[Array, "B G S C"],
     visible: Bool[Array, "B T S"],
     *,
     scale: float | Float[Array, ""],
@@ -196,13 +195,22 @@ def attention(
 ) -> Float[Array, "B T H C"]:
     """Mix the visible values by softmax(scale * query·key); scores and softmax in float32.
 
-    Each of the G heads of keys and values serves H / G neighbouring heads of queries.
+    Each of the G heads of keys and values serves H / G neighbouring heads of queries. These and the positions are laid
+    out as the rows of one matrix for each row and head of keys, and the mixture is divided by the sum of the (rounded)
+    weights last: on a CPU twice as fast as a dot over all axes by name.
     """
     dot = _single_row_einsum if query.shape[1] == 1 else einsum
-    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
-    scores = dot("btgrc,bsgc->bgrts", grouped, key, dtype) * scale
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
-    return dot("bgrts,bsgc->btgrc", weights, value, dtype).reshape(query.shape)
+    n_rows, n_tokens, _, d_head = query.shape
+    n_groups, n_slots = key.shape[1:3]
+    by_group = jnp.moveaxis(query.reshape(n_rows, n_tokens, n_groups, -1, d_head), 1, 3)
+    flat_query = by_group.reshape(n_rows * n_groups, -1, d_head)
+    flat_key, flat_value = (part.reshape(n_rows * n_groups, n_slots, d_head) for part in (key, value))
+    scores = dot("xqc,xsc->xqs", flat_query, flat_key, dtype).reshape(*by_group.shape[:4], n_slots) * scale
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(dtype).astype(jnp.float32)
+    mixed = dot("xqs,xsc->xqc", weights.reshape(*flat_query.shape[:2], n_slots), flat_value, dtype)
+    mixed = mixed.reshape(by_group.shape) / weights.sum(-1, keepdims=True)
+    return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
 
 
 def _single_row_einsum(

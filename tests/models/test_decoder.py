@@ -84,9 +84,15 @@ def test_forward__in_bfloat16_stays_near_float32_and_keeps_a_float32_stream(tiny
     exact, exact_logits = forward(config, params, token_ids)
     rounded, logits = forward(config, params, token_ids, dtype="bfloat16")
     assert rounded.dtype == logits.dtype == jnp.float32
-    # bfloat16 keeps 8 bits: an operand is off by at most 2^-9 of itself, and a few roundings add up per block.
-    assert 1e-5 < np.abs(rounded - exact).max() / np.abs(exact).max() < 2e-2
-    assert 1e-5 < np.abs(logits - exact_logits).max() / np.abs(exact_logits).max() < 2e-2
+    # bfloat16 keeps 8 bits: an operand is off by at most 2^-9 of itself, and a few roundings add up per block. The
+    # worst entry depends on how the sums are ordered, the root mean square hardly.
+    assert 1e-5 < relative_error(rounded, exact) < 2e-2
+    assert 1e-5 < relative_error(logits, exact_logits) < 2e-2
+
+
+def relative_error(found, expected):
+    """Return the root mean square of the difference, as a share of that of what is expected."""
+    return np.sqrt(np.mean(np.square(found - expected)) / np.mean(np.square(expected)))
 
 
 def test_logits_from__the_own_residual_gives_the_own_logits_for_every_layer(tiny):
