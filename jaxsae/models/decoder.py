@@ -139,19 +139,12 @@ def step(
 
 def _turn(config: Any, block: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a block's [in, out] weights over to [out, in], or back; the others stay."""
-    turned = _in_out_weights(config)
+    turned = families.of(config.model_type).IN_OUT_MODULES
 
     def turn(path, leaf):
-        return leaf.T if tuple(entry.key for entry in path) in turned else leaf
+        return leaf.T if path[-1].key == "weight" and path[-2].key in turned else leaf
 
     return jax.tree_util.tree_map_with_path(turn, dict(block))
-
-
-@functools.lru_cache(maxsize=16)
-def _in_out_weights(config: Any) -> frozenset[tuple[Any, ...]]:
-    model = nnx.eval_shape(lambda: families.of(config.model_type).Model(config, jax.random.key(0)))
-    modules = nnx.iter_modules(model.blocks)
-    return frozenset((*path, "weight") for path, module in modules if isinstance(module, layers.Projection))
 
 
 def _layers_of(stacked: Any) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ ARCHITECTURE = "GPT2LMHeadModel"
 KNOWN_BUFFERS = (r"h\.\d+\.attn\.bias", r"h\.\d+\.attn\.masked_bias")
 BASE_PREFIX = "transformer."
 TIED_TABLE = ("wte", "weight")
+IN_OUT_MODULES = frozenset({"c_attn", "c_fc", "c_proj"})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jaxsae.models.layers import Sight
 KNOWN_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
 BASE_PREFIX = "model."
 TIED_TABLE = ("embed_tokens", "weight")
+IN_OUT_MODULES: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ ARCHITECTURE = "PhiForCausalLM"
 KNOWN_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 BASE_PREFIX = "model."
 TIED_TABLE = ("embed_tokens", "weight")
+IN_OUT_MODULES: frozenset[str] = frozenset()
 _HALF_ROTARY = Rotary(fraction=0.5)
 
 

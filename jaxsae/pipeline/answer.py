@@ -30,6 +30,7 @@ from jaxsae.pipeline.stages import Context
 from jaxsae.progress import Progress
 
 _CHUNK_BATCHES = 8  # batches between two writes of what is done
+_FEW_CATEGORIES = 8  # that a line still names
 _LENGTH_STEP = 32  # given answers are padded to a multiple of this, so that few shapes are compiled
 _LOGIT_BYTES = 2**28  # of one forward pass over given answers, float32
 
@@ -330,13 +331,14 @@ def _read_row(row: dict[str, Any]) -> Answer:
 
 
 def _describe(kept: Sequence[Answer], summary: dict[str, Any]) -> str:
-    """Say how many answers are right and wrong, in all and by category, and how many are empty or refusals."""
+    """Say how many answers are hallucinated, also by category if these are few, and how many empty or refusals."""
     by_category: dict[str, list[int]] = {}
     for answer in kept:
         by_category.setdefault(answer.category, []).append(answer.label)
     wrong = sum(answer.label for answer in kept)
     parts = [f"{category or 'all'} {sum(labels)}/{len(labels)}" for category, labels in sorted(by_category.items())]
+    described = f" ({', '.join(parts)})" if len(parts) <= _FEW_CATEGORIES else ""
     counts = summary["counts"]
     refusals = f"{counts['refusal']} refusals, {counts['dropped']} of them dropped" if counts["refusal"] else ""
     also = [f"{counts['empty']} empty" if counts["empty"] else "", refusals]
-    return "; ".join([f"{wrong} of {len(kept)} hallucinated ({', '.join(parts)})", *filter(None, also)])
+    return "; ".join([f"{wrong} of {len(kept)} hallucinated{described}", *filter(None, also)])

@@ -1,5 +1,6 @@
 """Phase 1: corpus text to the residual streams of all layers, in `activations/`."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 
@@ -70,7 +71,7 @@ def load_model(config: ModelConfig) -> models.LanguageModel:
     lm = models.load(source, dtype=config.dtype, revision=config.revision, mesh=mesh, sharding=config.sharding)
     if lm.tokenizer is None:
         raise InputError(f"{source} has no tokenizer files; text cannot be read without tokenizer.json")
-    return lm
+    return dataclasses.replace(lm, name=config.name or lm.name)
 
 
 def tokenise(config: CorpusConfig, lm: models.LanguageModel) -> tuple[np.ndarray, int]:
