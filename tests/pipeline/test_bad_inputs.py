@@ -169,7 +169,7 @@ def test_model_whose_residuals_overflow__is_named_with_layer(fresh, refuses, mod
         tensors["transformer.h.3.mlp.c_proj.bias"][:] = 3e38
 
     rewrite_tensors(model, change)
-    words = r"the residual stream of .*model is NaN or infinite after layer 3 in context 0 \(shard 0\)"
+    words = r"the residual stream of demo_gpt2 is NaN or infinite after layer 3 in context 0 \(shard 0\)"
     refuses(fresh, "extract", words, model__path=model)
 
 
