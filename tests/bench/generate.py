@@ -30,6 +30,7 @@ import transformers
 from jaxsae.models import decoder, families, generate
 
 N_TURNS = 5
+PAUSE = 0.5  # seconds before each; OpenMP's idle threads spin for 0.2 and would take the other library's cores
 N_FORWARD = (8, 128)  # rows and tokens
 N_PROMPT, N_NEW = 32, 32
 MODELS: dict[str, dict[str, Any]] = {
@@ -68,6 +69,7 @@ def take_turns(**tasks: Callable[[], Any]) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(N_TURNS + 1):
         for name, task in tasks.items():
+            time.sleep(PAUSE)
             began = time.perf_counter()
             task()
             if turn:
@@ -83,33 +85,45 @@ def bench(name: str) -> Iterator[Row]:
     reference.generation_config.update(eos_token_id=None, bos_token_id=None, pad_token_id=0)
     config = families.of(fields["model_type"]).read_config(fields)
     params = decoder.init(config, jax.random.key(0))
+    yield bench_residuals(name, config, params, reference)
     yield bench_forward(name, config, params, reference)
     for n_rows in (1, 16):
         yield bench_generate(name, config, params, reference, n_rows)
 
 
+def bench_residuals(name: str, config: Any, params: Any, reference: Any) -> Row:
+    """Time the residual streams of all layers without the logits: what extraction does."""
+    residuals = jax.jit(lambda params, token_ids: decoder.residuals(config, params, token_ids))
+    return _bench_reading(name, "residuals", config, params, residuals, reference.base_model, has_head=False)
+
+
 def bench_forward(name: str, config: Any, params: Any, reference: Any) -> Row:
-    token_ids = np.random.default_rng(0).integers(0, config.n_vocab, N_FORWARD)
+    """Time the residual streams of all layers and the logits."""
     forward = jax.jit(lambda params, token_ids: decoder.forward(config, params, token_ids))
+    return _bench_reading(name, "residuals and logits", config, params, forward, reference, has_head=True)
+
+
+def _bench_reading(
+    name: str, task: str, config: Any, params: Any, ours: Callable, theirs: Any, *, has_head: bool
+) -> Row:
+    token_ids = np.random.default_rng(0).integers(0, config.n_vocab, N_FORWARD)
     as_torch = torch.tensor(token_ids)
     matrix, square = jnp.ones((N_FORWARD[0] * N_FORWARD[1], 1536)), jnp.ones((1536, 1536))
     product = jax.jit(lambda left, right: jnp.matmul(left, right, precision="highest"))
 
     @torch.no_grad()
-    def theirs():
-        reference(as_torch, output_hidden_states=True, use_cache=False)
+    def read():
+        theirs(as_torch, output_hidden_states=True, use_cache=False)
 
     seconds = take_turns(
-        ours=lambda: jax.block_until_ready(forward(params, token_ids)),
-        theirs=theirs,
+        ours=lambda: jax.block_until_ready(ours(params, token_ids)),
+        theirs=read,
         limit=lambda: product(matrix, square).block_until_ready(),
     )
-    tables = config.n_vocab * config.d_model  # the lookup costs nothing, the head is counted below
-    positions = config.n_positions * config.d_model if config.model_type == "gpt2" else 0
-    n_products = sum(leaf.size for leaf in jax.tree.leaves(params)) - tables - positions
-    n_products += tables if config.tie_word_embeddings else 0
+    n_products = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]))
+    n_products += config.n_vocab * config.d_model if has_head else 0
     share = (n_products / square.size) * seconds["limit"] / seconds["ours"]
-    return Row(name, "forward, residuals, logits", *_speeds(token_ids.size, seconds), share)
+    return Row(name, task, *_speeds(token_ids.size, seconds), share)
 
 
 def bench_generate(name: str, config: Any, params: Any, reference: Any, n_rows: int) -> Row:
