@@ -1,8 +1,8 @@
 """Language models that give out their residual streams.
 
-In: a model folder in Hugging Face's layout (or a package's, or a Hub name) and token ids. Out: the residual stream
-after every block, logits, logits from a replaced residual stream, greedy answers with their log-probabilities. Not
-done here: batching a corpus, storing activations, labelling answers.
+In: a model folder in Hugging Face's layout, a .gguf file (either may lie in a package) or a Hub name, and token ids.
+Out: the residual stream after every block, logits, logits from a replaced residual stream, and answers, greedy or
+drawn, with their log-probabilities. Not done here: batching a corpus, storing activations, labelling answers.
 """
 
 from jaxsae.models import decoder, families, generate, gpt2, llama, phi, weights

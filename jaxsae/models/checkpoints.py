@@ -137,7 +137,7 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
 
         yield gguf.open_file(path)
         return
-    fields = _read_object(path / CONFIG_FILE)
+    fields = read_object(path / CONFIG_FILE)
     files = weight_files(path)
     with contextlib.ExitStack() as stack:
         yield Checkpoint(
@@ -151,7 +151,12 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
         )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file of a model folder holds.
+
+    Raises:
+        InputError: the file is missing or unreadable, or holds something else.
+    """
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -165,7 +170,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_stop_ids(path: Path) -> tuple[int, ...]:
     """Return the end-of-text ids of generation_config.json, none where there is no such file."""
-    given = _read_object(path).get("eos_token_id") if path.is_file() else None
+    given = read_object(path).get("eos_token_id") if path.is_file() else None
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(token_id) is int for token_id in ids):
         raise InputError(f"{path}: eos_token_id = {given!r} is neither a token id nor a list of them")
@@ -183,7 +188,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if not index.is_file():
         raise InputError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}{_other_weights(folder)}")
-    shards = _read_object(index).get("weight_map")
+    shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{index} has no weight_map; download the model again")
     paths = []

@@ -23,8 +23,8 @@ from jaxsae.models import decoder
 
 TOKENS_PER_BATCH = 2048  # rows times length of one forward pass
 STEPS_PER_DISPATCH = 8  # most tokens a row makes in vain after a stop string
-# Up to this size a CPU works on a copy of the blocks' weights, one array a layer (`decoder.unstack`): 1.2 to 1.7 times
-# as fast as the scan over their stack on SmolLM2-135M, for as many bytes again while a call lasts.
+# Up to this size a CPU works on a copy of the blocks' weights, one array a layer (`decoder.unstack`), for as many bytes
+# again while a call lasts: the scan over their stack would copy each layer out of it for every token.
 UNSTACK_BYTES = 8 * 2**30
 
 

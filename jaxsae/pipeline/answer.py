@@ -304,7 +304,8 @@ def _append(path: Path, identity: str, answers: Sequence[Answer]) -> None:
 def _read_partial(path: Path, identity: str, chunk_size: int) -> list[Answer]:
     """Return the whole chunks of answers of an interrupted run; those of another run are dropped, with a line.
 
-    The rest of a torn chunk would be answered in other batches, with other last digits, so all of it is done again.
+    Given answers are padded to the longest of their chunk, so the rest of a torn chunk would have other last digits:
+    all of it is done again.
 
     Raises:
         InputError: a line in front of the torn end is damaged.

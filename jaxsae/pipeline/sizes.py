@@ -4,7 +4,6 @@ In: a config. Out: `Shape` and `Job`. No weights are read, and of the network at
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -156,20 +155,8 @@ def _shape_at(config: ModelConfig, path: Path) -> Shape:
             return _shape(config, checkpoint.fields, f"metadata of {path.name}", checkpoint.make_tokenizer)
     if not path.is_dir():
         raise InputError(f"model.path {path} is neither a model's folder nor a .gguf file")
-    fields = _read_object(path / checkpoints.CONFIG_FILE)
+    fields = checkpoints.read_object(path / checkpoints.CONFIG_FILE)
     return _shape(config, fields, f"{path}/config.json", lambda n_vocab: tokenizer.from_folder(path, n_vocab))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; a model's folder holds config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def _cached_config(name: str, revision: str | None) -> Path | None:
