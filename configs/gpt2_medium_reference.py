@@ -21,7 +21,7 @@ def get_config():
     config.sae.architecture = "jumprelu_l1"
     config.sae.expansion = 5.0
     config.sae.threshold = 1.0
-    config.sae.l1_coefficient = 0.05
+    config.sae.sparsity_coefficient = 0.05
 
     config.train.batch = 128
     config.train.epochs = 20.0

@@ -23,7 +23,7 @@ def get_config():
     config.sae.architecture = "jumprelu_l1"
     config.sae.expansion = 4.0
     config.sae.threshold = 0.1
-    config.sae.l1_coefficient = 0.01
+    config.sae.sparsity_coefficient = 0.01
 
     config.train.batch = 64
     config.train.epochs = 20.0

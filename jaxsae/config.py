@@ -62,10 +62,13 @@ class SaeConfig:
     n_latents: int | None = _field(None, "latents of each SAE (F); give this or expansion")
     expansion: float | None = _field(None, "latents as a multiple of the residual width (F / D)")
     k: int = _field(32, "latents active for a token (topk), or on average (batchtopk)")
+    k_start: int | None = _field(None, "topk and batchtopk: k of the first step, which falls to k over the annealing")
+    anneal: float = _field(0.1, "share of the run over which k falls, or a sparsity penalty rises to its full weight")
+    compute: str = _field("auto", "dense products, sparse ones (by kept latents), or auto: what is faster here")
     aux_coefficient: float = _field(1 / 32, "weight of the loss that revives dead latents (Gao et al. 2024)")
     dead_tokens: int = _field(10_000_000, "a latent that has not fired for this many tokens is dead")
     threshold: float = _field(1.0, "jumprelu_l1: the fixed threshold, which gets no gradient")
-    l1_coefficient: float = _field(0.05, "jumprelu_l1: weight of the mean absolute activation")
+    sparsity_coefficient: float = _field(0.05, "jumprelu_l1: weight of the mean absolute activation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,7 @@ class TrainConfig:
     epochs: float | None = _field(None, "passes over the training tokens; give this or n_tokens")
     n_tokens: int | None = _field(None, "tokens to train on, repeating the store when it holds fewer")
     lr: float | None = _field(None, "peak learning rate; unset takes min(3e-4, 2e-4 / sqrt(F / 2^14))")
+    dtype: str = _field("float32", "of the operands of matrix products, float32 or bfloat16; all else is float32")
     optimizer: str = _field("adam", "adam (b1 0.9, b2 0.999)")
     schedule: str = _field("linear", "linear (warm-up, then decay over the last fifth), cosine (stepped by epoch)")
     warmup_steps: int = _field(1000, "steps of linear warm-up; at most a tenth of the run is used")
@@ -217,6 +221,8 @@ _CHOICES = {
     "activations.source": ("store",),
     "activations.compression": ("raw", "blosc"),
     "sae.architecture": ("topk", "batchtopk", "jumprelu_l1"),
+    "sae.compute": ("auto", "dense", "sparse"),
+    "train.dtype": ("float32", "bfloat16"),
     "train.optimizer": ("adam",),
     "train.schedule": ("linear", "cosine"),
     "questions.name": QUESTION_SETS,
@@ -235,9 +241,11 @@ _AT_LEAST = {
     "sae.n_latents": 1,
     "sae.expansion": 0.01,
     "sae.k": 1,
+    "sae.k_start": 1,
+    "sae.anneal": 0,
     "sae.aux_coefficient": 0,
     "sae.dead_tokens": 1,
-    "sae.l1_coefficient": 0,
+    "sae.sparsity_coefficient": 0,
     "sae.threshold": 0,
     "train.batch": 1,
     "train.epochs": 0.001,

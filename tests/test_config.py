@@ -58,7 +58,7 @@ def test_reference_config__holds_the_published_hyperparameters():
         "sae.expansion": 5.0,
         "sae.n_latents": None,
         "sae.threshold": 1.0,
-        "sae.l1_coefficient": 0.05,
+        "sae.sparsity_coefficient": 0.05,
         "train.optimizer": "adam",
         "train.lr": 1e-4,
         "train.schedule": "cosine",
@@ -86,7 +86,7 @@ def test_phi2_config__differs_from_the_published_gpt2_medium_run_as_published():
         "model.name": "microsoft/phi-2",
         "sae.expansion": 4.0,
         "sae.threshold": 0.1,
-        "sae.l1_coefficient": 0.01,
+        "sae.sparsity_coefficient": 0.01,
         "train.batch": 64,
     }
     assert {name: ours[name] for name in published} == published

@@ -124,7 +124,7 @@ def _train_step(job: Job) -> Work:
     """One step on the device with the most layers: five dense products, the ranking, and Adam."""
     n_latents, n_layers, rows = job.recipe.n_latents, job.layers_per_device, job.rows_per_device
     pre = n_layers * rows * n_latents
-    ranks = architecture(job.recipe.sae.architecture).sparsity == "l0"
+    ranks = architecture(job.recipe.sae.architecture).imposes_k
     return Work(
         sae_flops=10 * pre * job.shape.d_model,
         moved_bytes=4 * (20 * pre + 8 * n_layers * rows * job.shape.d_model + 14 * n_layers * job.sae_parameters),

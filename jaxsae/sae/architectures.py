@@ -1,43 +1,56 @@
-"""The SAE architectures, each written for one layer: how it encodes while training and afterwards.
+"""The SAE architectures, each written for one layer: how it starts, its loss, and how it encodes afterwards.
 
-A suite is these functions under `jax.vmap`. Inside a sharded step the rows of a batch are spread along a mesh axis,
-whose name is passed as `axis`; with `axis=None` the batch is whole.
-
-To add an architecture: a pair of functions and an entry in `ARCHITECTURES`.
+A suite maps these functions over its layers. To add an architecture: a section with its functions and its entry in
+`ARCHITECTURES`, and its test. Building blocks are in `autoencoder` (linear parts), `selection` (which latents are
+kept), `sparse` (products by kept latents) and `losses`.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxsae.artifacts import InputError
+from jaxsae.config import SaeConfig
+from jaxsae.sae.autoencoder import AnyArray, SaeParams, decode, unit_rows
+from jaxsae.sae.losses import Moment, Seen, count_fired, dense_loss, encoder, see, sparse_loss
+from jaxsae.sae.selection import (
+    ROW_FACTOR,
+    Codes,
+    batch_topk_codes,
+    keep_above,
+    keep_batch_topk,
+    keep_topk,
+    spread,
+    topk_codes,
+)
 
-AnyArray = Array | np.ndarray
+Loss = tuple[Float[Array, ""], Seen]
 
 
-@flax.struct.dataclass
-class SaeParams:
-    """The weights of one layer's SAE (or, with a leading axis, of all layers').
+def init_tied(key: Array, mean: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
+    """Unit decoder rows in random directions, the encoder their transpose, b_dec the mean row."""
+    W_dec = unit_rows(jax.random.normal(key, (n_latents, len(mean))))
+    return SaeParams(W_enc=W_dec.T, b_enc=jnp.zeros(n_latents), W_dec=W_dec, b_dec=mean)
 
-    The decoder is stored as rows, one direction in the residual stream for each latent. Fields of a pytree are `Any`:
-    jax and optax also fill it with shapes, shardings and norms.
 
-    Attributes:
-        W_enc: [D F].    b_enc: [F].    W_dec: [F D].    b_dec: [D].
-    """
+def fold_plain(params: SaeParams, estimated: Float[Array, ""], config: SaeConfig) -> dict[str, Any]:
+    """Return the weights as they are, and no threshold."""
+    return _weights(params, jnp.zeros_like(params.b_enc))
 
-    W_enc: Any
-    b_enc: Any
-    W_dec: Any
-    b_dec: Any
+
+def _weights(params: SaeParams, threshold: Float[Array, " F"]) -> dict[str, Any]:
+    return {
+        "W_enc": params.W_enc,
+        "b_enc": params.b_enc,
+        "W_dec": params.W_dec,
+        "b_dec": params.b_dec,
+        "threshold": threshold,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +58,28 @@ class Architecture:
     """What sets an architecture apart.
 
     Attributes:
-        encode_train: (pre [B F], k, threshold, axis) -> (features [B F], the batch's threshold).
-        encode: (pre [B F], k, threshold) -> features [B F], the same for a row whatever the batch.
+        loss: (params, acts [B D], moment) -> (this shard's share of the loss, what it saw).
+        encode: (pre [B F], k, threshold [F]) -> features [B F], the same for a row whatever the batch.
+        init: (key, mean [D], F, config) -> params before the first step, on scaled rows.
+        fold: (params, threshold estimated from the batches, config) -> W_enc, b_enc, W_dec, b_dec and threshold [F]
+            with which `encode` does what training did.
+        is_folded: `fold` changes the weights, so that training cannot go on from them.
         centres_input: the encoder reads acts - b_dec, and inputs are scaled so that E|x|^2 = D.
-        learns_threshold: the threshold at inference is estimated from the training batches.
-        sparsity: "l0" (fixed by k, dead latents revived by an auxiliary loss) or "l1" (a penalty).
+        estimates_threshold: the threshold at inference is estimated from the training batches.
+        imposes_k: training keeps k latents, and dead ones are revived by an auxiliary loss.
+        codes: (pre [B F], moment) -> what `loss` keeps as codes, the batch's threshold (or None), and whether the codes
+            hold all of it, the same on every shard (None: always); unset where the loss is dense.
     """
 
-    encode_train: Callable
-    encode: Callable
-    centres_input: bool
-    learns_threshold: bool
-    sparsity: str
+    loss: Callable[[SaeParams, Float[Array, "B D"], Moment], Loss]
+    encode: Callable[[Float[Array, "B F"], int, Float[AnyArray, " F"]], Float[Array, "B F"]]
+    init: Callable[[Array, Float[Array, " D"], int, SaeConfig], SaeParams] = init_tied
+    fold: Callable[[SaeParams, Float[Array, ""], SaeConfig], dict[str, Any]] = fold_plain
+    is_folded: bool = False
+    centres_input: bool = True
+    estimates_threshold: bool = False
+    imposes_k: bool = False
+    codes: Callable[[Float[Array, "B F"], Moment], tuple[Codes, Any, Any]] | None = None
 
 
 def architecture(name: str) -> Architecture:
@@ -70,143 +93,126 @@ def architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def dot(left: Float[Array, "... A"], right: Float[AnyArray, "A Z"], dtype: DTypeLike) -> Float[Array, "... Z"]:
-    """Multiply with operands in `dtype` and a float32 outcome; float32 operands are not rounded on any device."""
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.matmul(left.astype(dtype), right.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+def annealed(config: SaeConfig, progress: Float[Array, ""], start: float | int, end: float | int) -> Float[Array, ""]:
+    """Return what goes from `start` to `end` in a straight line over the first `sae.anneal` of the run."""
+    done = jnp.minimum(progress / max(config.anneal, 1e-9), 1.0)
+    return start + (end - start) * done
 
 
-def pre_activations(
-    params: SaeParams, acts: Float[Array, "B D"], *, centres_input: bool, dtype: DTypeLike = jnp.float32
-) -> Float[Array, "B F"]:
-    """Return the encoder's linear part, before anything sets it to zero."""
-    if centres_input:
-        acts = acts - params.b_dec
-    return dot(acts, params.W_enc, dtype) + params.b_enc
+def gradients(name: str, params: SaeParams, acts: Float[Array, "B D"], moment: Moment) -> tuple[Loss, SaeParams]:
+    """Return ((share of the loss, what it saw), its gradients), by codes where asked for, possible, and exact."""
+    arch = architecture(name)
+
+    def dense() -> tuple[Loss, SaeParams]:
+        return jax.value_and_grad(arch.loss, has_aux=True)(params, acts, moment)
+
+    if arch.codes is None or not moment.is_sparse:
+        return dense()
+    pre = encoder(params, acts, centres_input=True, dtype=moment.dtype)
+    codes, threshold, fits = arch.codes(pre, moment)
+
+    def sparse() -> tuple[Loss, SaeParams]:
+        return jax.value_and_grad(sparse_loss, has_aux=True)(params, acts, codes, moment, threshold)
+
+    return sparse() if fits is None else lax.cond(fits, sparse, dense)
 
 
-def decode(params: SaeParams, feats: Float[Array, "B F"], *, dtype: DTypeLike = jnp.float32) -> Float[Array, "B D"]:
-    """Return the reconstruction: the features' decoder rows, weighted, plus b_dec."""
-    return dot(feats, params.W_dec, dtype) + params.b_dec
+def k_slots(config: SaeConfig) -> int:
+    """Return the most latents that training keeps for a row, or on average."""
+    return max(config.k, config.k_start or 0)
 
 
-def keep_topk(pre: Float[Array, "B F"], k: int) -> Float[Array, "B F"]:
-    """Keep the k largest positive entries of each row, zero the rest; the lowest index wins a tie.
-
-    Source: Gao et al. 2024, arXiv:2406.04093, section 2.3.
-    """
-    values, ids = lax.top_k(pre, min(k, pre.shape[-1]))
-    rows = jnp.arange(pre.shape[0])[:, None]
-    return jnp.zeros_like(pre).at[rows, ids].set(jax.nn.relu(values), unique_indices=True, mode="promise_in_bounds")
+# TopK: each row keeps its k largest latents (Gao et al. 2024, arXiv:2406.04093).
 
 
-def keep_batch_topk(
-    pre: Float[Array, "B F"], k: int, axis: str | None = None
-) -> tuple[Float[Array, "B F"], Float[Array, ""]]:
-    """Keep the B k largest positive entries of the whole batch; also return the smallest value kept.
-
-    B counts the rows of every shard along `axis`. Entries equal to the smallest kept value are all kept. With fewer
-    than B k positive entries all of them are kept and the threshold is 0.
-
-    Source: Bussmann et al. 2024, arXiv:2412.06410.
-    """
-    positive = jax.nn.relu(pre)
-    n_keep = pre.shape[0] * k * (1 if axis is None else lax.axis_size(axis))
-    threshold = lax.stop_gradient(kth_largest(lax.stop_gradient(positive), n_keep, 4 * k, axis))
-    return jnp.where(positive >= threshold, positive, 0.0), threshold
+def topk_loss(params: SaeParams, acts: Float[Array, "B D"], moment: Moment) -> Loss:
+    """Return the unexplained fraction of variance with k latents a row, more at first where k is annealed."""
+    pre = encoder(params, acts, centres_input=True, dtype=moment.dtype)
+    return dense_loss(params, acts, spread(_topk_codes(pre, moment)[0], pre), moment)
 
 
-def kth_largest(values: Float[Array, "B F"], n: int, n_row: int, axis: str | None) -> Float[Array, ""]:
-    """Return the n-th largest of non-negative values over all shards, exactly, without sorting them.
-
-    The bit patterns of non-negative floats are ordered like the floats, so bisecting 31 bits by counting finds the
-    value. Each row's `n_row` largest are searched first; every value is searched, from there on, only when some row
-    may hold more than `n_row` of the n largest.
-    """
-    kept = lax.top_k(values, min(n_row, values.shape[-1]))[0]
-    top = _max(lax.bitcast_convert_type(kept.max(), jnp.int32), axis)
-    low = _bisect(_bits(kept), n, jnp.zeros_like(top), top + 1, axis)
-    row_is_full = (_bits(kept)[:, -1] >= low).any() & (kept.shape[-1] < values.shape[-1])
-    high = jnp.where(_max(row_is_full.astype(jnp.int32), axis) > 0, top + 1, low + 1)
-    return lax.bitcast_convert_type(_bisect(_bits(values), n, low, high, axis), jnp.float32)
+def _topk_codes(pre: Float[Array, "B F"], moment: Moment) -> tuple[Codes, None, None]:
+    config = moment.config
+    k_now = None if config.k_start is None else jnp.round(_annealed_k(moment))
+    return topk_codes(pre, k_slots(config), k_now), None, None
 
 
-def _bisect(
-    bits: Int[Array, "B K"], n: int, low: Int[Array, ""], high: Int[Array, ""], axis: str | None
-) -> Int[Array, ""]:
-    """Return the largest b in [low, high) with at least n of `bits` >= b, given that it holds for low."""
-
-    def halve(bounds: tuple) -> tuple:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = _sum(jnp.sum(bits >= middle, dtype=jnp.int32), axis) >= n
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    return lax.while_loop(lambda bounds: bounds[1] - bounds[0] > 1, halve, (low, high))[0]
+def _annealed_k(moment: Moment) -> Float[Array, ""]:
+    return annealed(moment.config, moment.progress, moment.config.k_start or moment.config.k, moment.config.k)
 
 
-def _bits(values: Float[Array, "..."]) -> Int[Array, "..."]:
-    return lax.bitcast_convert_type(values, jnp.int32)
-
-
-def _sum(x: Array, axis: str | None) -> Array:
-    return x if axis is None else lax.psum(x, axis)
-
-
-def _max(x: Array, axis: str | None) -> Array:
-    return x if axis is None else lax.pmax(x, axis)
-
-
-def keep_above(pre: Float[Array, "B F"], threshold: Float[AnyArray, "*F"]) -> Float[Array, "B F"]:
-    """Keep entries strictly above a threshold (0 keeps the positive ones), zero the rest: JumpReLU.
-
-    Source: Rajamanoharan et al. 2024, arXiv:2407.14435, eq. (3).
-    """
-    return jnp.where(pre > jnp.maximum(threshold, 0.0), pre, 0.0)
-
-
-def _train_topk(pre: Float[Array, "B F"], k: int, threshold: Float[Array, ""], axis: str | None):
-    return keep_topk(pre, k), jnp.zeros_like(threshold)
-
-
-def _train_batch_topk(pre: Float[Array, "B F"], k: int, threshold: Float[Array, ""], axis: str | None):
-    return keep_batch_topk(pre, k, axis)
-
-
-def _train_jumprelu(pre: Float[Array, "B F"], k: int, threshold: Float[Array, ""], axis: str | None):
-    return keep_above(pre, threshold), threshold
-
-
-def _encode_topk(pre: Float[Array, "B F"], k: int, threshold: Float[AnyArray, " F"]):
+def _encode_topk(pre: Float[Array, "B F"], k: int, threshold: Float[AnyArray, " F"]) -> Float[Array, "B F"]:
     return keep_topk(pre, k)
 
 
-def _encode_above(pre: Float[Array, "B F"], k: int, threshold: Float[AnyArray, " F"]):
+# BatchTopK: the batch keeps its B k largest latents; at inference a threshold (Bussmann et al. 2024, arXiv:2412.06410).
+
+
+def batch_topk_loss(params: SaeParams, acts: Float[Array, "B D"], moment: Moment) -> Loss:
+    """Return the unexplained fraction of variance with k latents a row on average."""
+    pre = encoder(params, acts, centres_input=True, dtype=moment.dtype)
+    n_row = ROW_FACTOR * k_slots(moment.config)
+    feats, threshold = keep_batch_topk(pre, _batch_k(moment), n_row=n_row, axis=moment.axis)
+    return dense_loss(params, acts, feats, moment, threshold)
+
+
+def _batch_topk_codes(pre: Float[Array, "B F"], moment: Moment) -> tuple[Codes, Float[Array, ""], Bool[Array, ""]]:
+    return batch_topk_codes(pre, k_slots(moment.config), _batch_k(moment), moment.axis)
+
+
+def _batch_k(moment: Moment) -> int | Float[Array, ""]:
+    return moment.config.k if moment.config.k_start is None else _annealed_k(moment)
+
+
+def _fold_estimated(params: SaeParams, estimated: Float[Array, ""], config: SaeConfig) -> dict[str, Any]:
+    return _weights(params, jnp.zeros_like(params.b_enc) + estimated)
+
+
+def _encode_above(pre: Float[Array, "B F"], k: int, threshold: Float[AnyArray, " F"]) -> Float[Array, "B F"]:
     return keep_above(pre, threshold)
 
 
+# The published run's (GhostTrack): one fixed threshold without a gradient, an L1 penalty, inputs as they are.
+
+
+def reference_loss(params: SaeParams, acts: Float[Array, "B D"], moment: Moment) -> Loss:
+    """Return mean (x - x_hat)^2 + sparsity_coefficient * mean |f|, means over rows and coordinates."""
+    config, n_rows = moment.config, moment.n_rows(acts)
+    pre = encoder(params, acts, centres_input=False, dtype=moment.dtype)
+    feats = keep_above(pre, jnp.float32(config.threshold))
+    error = acts - decode(params, feats, dtype=moment.dtype)
+    penalty = jnp.sum(jnp.abs(feats)) / (n_rows * feats.shape[-1])
+    loss = jnp.sum(error**2) / (n_rows * acts.shape[-1]) + config.sparsity_coefficient * penalty
+    return see(loss, error, count_fired(feats))
+
+
+def _init_reference(key: Array, mean: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
+    """The published run's: torch's nn.Linear default for both layers, then unit decoder rows."""
+    keys, d_model = jax.random.split(key, 4), len(mean)
+    bound_in, bound_out = d_model**-0.5, n_latents**-0.5
+    return SaeParams(
+        W_enc=jax.random.uniform(keys[0], (d_model, n_latents), minval=-bound_in, maxval=bound_in),
+        b_enc=jax.random.uniform(keys[1], (n_latents,), minval=-bound_in, maxval=bound_in),
+        W_dec=unit_rows(jax.random.uniform(keys[2], (n_latents, d_model), minval=-bound_out, maxval=bound_out)),
+        b_dec=jax.random.uniform(keys[3], (d_model,), minval=-bound_out, maxval=bound_out),
+    )
+
+
+def _fold_fixed(params: SaeParams, estimated: Float[Array, ""], config: SaeConfig) -> dict[str, Any]:
+    return _weights(params, jnp.full_like(params.b_enc, config.threshold))
+
+
 ARCHITECTURES = {
-    "topk": Architecture(_train_topk, _encode_topk, centres_input=True, learns_threshold=False, sparsity="l0"),
+    "topk": Architecture(topk_loss, _encode_topk, codes=_topk_codes, imposes_k=True),
     "batchtopk": Architecture(
-        _train_batch_topk, _encode_above, centres_input=True, learns_threshold=True, sparsity="l0"
+        batch_topk_loss,
+        _encode_above,
+        fold=_fold_estimated,
+        estimates_threshold=True,
+        codes=_batch_topk_codes,
+        imposes_k=True,
     ),
-    # The published run's: one fixed threshold without a gradient, an L1 penalty, inputs as they are.
     "jumprelu_l1": Architecture(
-        _train_jumprelu, _encode_above, centres_input=False, learns_threshold=False, sparsity="l1"
+        reference_loss, _encode_above, init=_init_reference, fold=_fold_fixed, centres_input=False
     ),
 }
-
-
-def revive(
-    pre: Float[Array, "B F"], is_dead: Bool[Array, " F"], n_revived: int
-) -> tuple[Float[Array, "B F"], Float[Array, ""]]:
-    """Return each row's `n_revived` largest pre-activations among the dead latents, and whether there are any.
-
-    They are not rectified, so that a dead latent learns also where its pre-activation is negative.
-    """
-    masked = jnp.where(is_dead, pre, -jnp.inf)
-    values, ids = lax.top_k(masked, min(n_revived, pre.shape[-1]))
-    rows = jnp.arange(pre.shape[0])[:, None]
-    values = jnp.where(jnp.isfinite(values), values, 0.0)
-    feats = jnp.zeros_like(pre).at[rows, ids].set(values, unique_indices=True, mode="promise_in_bounds")
-    return feats, is_dead.any().astype(jnp.float32)

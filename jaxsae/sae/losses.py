@@ -1,4 +1,4 @@
-"""The training loss of one layer's SAE, as this shard's share of the loss over the whole batch.
+"""The training losses of one layer's SAE, as this shard's share of the loss over the whole batch.
 
 The shares of all shards add up to the loss, and their gradients to its gradient, so that a sharded step needs one
 sum of gradients and equals the unsharded one.
@@ -14,7 +14,36 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from jaxsae.config import SaeConfig
-from jaxsae.sae.architectures import SaeParams, architecture, decode, dot, pre_activations, revive
+from jaxsae.sae import sparse
+from jaxsae.sae.autoencoder import SaeParams, decode, dot, pre_activations
+from jaxsae.sae.selection import Codes
+
+
+@flax.struct.dataclass
+class Moment:
+    """What a loss depends on beside weights and rows.
+
+    Attributes:
+        variance: mean squared distance of a row from the mean row, scaled; makes a loss a fraction of variance.
+        is_dead: [F].
+        progress: share of the run's steps that are done, 0 to 1.
+        config: the suite's settings.
+        axis: the mesh axis along which rows are spread, or None.
+        is_sparse: compute by codes, where the architecture has them.
+        dtype: of the operands of matrix products.
+    """
+
+    variance: Any
+    is_dead: Any
+    progress: Any
+    config: SaeConfig = flax.struct.field(pytree_node=False)
+    axis: str | None = flax.struct.field(pytree_node=False, default=None)
+    is_sparse: bool = flax.struct.field(pytree_node=False, default=False)
+    dtype: DTypeLike = flax.struct.field(pytree_node=False, default=jnp.float32)
+
+    def n_rows(self, acts: Float[Array, "B D"]) -> int:
+        """Return the rows of all shards together."""
+        return acts.shape[0] * (1 if self.axis is None else lax.axis_size(self.axis))
 
 
 @flax.struct.dataclass
@@ -34,59 +63,25 @@ class BatchCounts:
     fired: Any
 
 
-def layer_loss(
-    params: SaeParams,
-    acts: Float[Array, "B D"],
-    variance: Float[Array, ""],
-    threshold: Float[Array, ""],
-    is_dead: Bool[Array, " F"],
-    *,
-    config: SaeConfig,
-    axis: str | None,
-    with_aux: bool,
-    dtype: DTypeLike = jnp.float32,
-) -> tuple[Float[Array, ""], tuple[BatchCounts, Float[Array, ""]]]:
-    """Return the loss share, and (sums over the rows, the batch's threshold).
+@flax.struct.dataclass
+class Seen:
+    """What a loss saw on its way, without gradients.
 
-    l0 architectures: sum |x - x_hat|^2 / (B variance) + aux_coefficient * aux.
-    l1 architectures: mean (x - x_hat)^2 + l1_coefficient * mean |f|, means over rows and coordinates.
-
-    Args:
-        acts: this shard's rows, scaled.
-        variance: mean squared distance of a row from the mean row, scaled; makes the loss a fraction of variance.
-        threshold: of architectures that have a fixed one.
-        with_aux: add the loss that revives dead latents; without any, it is zero anyway.
+    Attributes:
+        counts: sums over the rows.
+        error: [B D], what the reconstruction left over.
+        threshold: the smallest kept activation of the batch, where the architecture looks for it.
     """
-    arch = architecture(config.architecture)
-    n_rows = acts.shape[0] * (1 if axis is None else lax.axis_size(axis))
-    pre = _pre_activations(params, acts, centres_input=arch.centres_input, dtype=dtype)
-    feats, threshold = arch.encode_train(pre, config.k, threshold, axis)
-    error = acts - decode(params, feats, dtype=dtype)
-    squared_error = jnp.sum(error**2)
-    if arch.sparsity == "l1":
-        penalty = jnp.sum(jnp.abs(feats)) / (n_rows * feats.shape[-1])
-        loss = squared_error / (n_rows * acts.shape[-1]) + config.l1_coefficient * penalty
-    else:
-        loss = squared_error / (n_rows * variance)
-    if with_aux:
-        loss += config.aux_coefficient * aux_loss(params, pre, error, is_dead, axis=axis, dtype=dtype)
-    is_active = (feats > 0).astype(jnp.float32)
-    counts = BatchCounts(
-        loss=lax.stop_gradient(loss),
-        squared_error=lax.stop_gradient(squared_error),
-        n_active=is_active.sum(),
-        fired=is_active.sum(axis=0),
-    )
-    return loss, (counts, threshold)
+
+    counts: BatchCounts
+    error: Any
+    threshold: Any
 
 
-def _pre_activations(
+def encoder(
     params: SaeParams, acts: Float[Array, "B D"], *, centres_input: bool, dtype: DTypeLike
 ) -> Float[Array, "B F"]:
-    """Return the pre-activations, with a cheap gradient for b_dec.
-
-    Through acts - b_dec it would be a product of B D F operations, summed over B. It is the same to sum first.
-    """
+    """Return the pre-activations; the gradient of b_dec comes from the column sums, without one for the activations."""
     if not centres_input:
         return pre_activations(params, acts, centres_input=False, dtype=dtype)
     fixed = dataclasses.replace(params, b_dec=lax.stop_gradient(params.b_dec))
@@ -96,25 +91,100 @@ def _pre_activations(
     )
 
 
+def see(
+    loss: Float[Array, ""],
+    error: Float[Array, "B D"],
+    fired: Float[Array, " F"],
+    threshold: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Seen]:
+    """Return the loss, and what it saw."""
+    squared_error = jnp.sum(error**2)
+    counts = BatchCounts(loss, squared_error, fired.sum(), fired)
+    return loss, lax.stop_gradient(Seen(counts, error, threshold))
+
+
+def fraction_of_variance(error: Float[Array, "B D"], moment: Moment) -> Float[Array, ""]:
+    """Return sum |x - x_hat|^2 / (B variance)."""
+    return jnp.sum(error**2) / (moment.n_rows(error) * moment.variance)
+
+
+def dense_loss(
+    params: SaeParams,
+    acts: Float[Array, "B D"],
+    feats: Float[Array, "B F"],
+    moment: Moment,
+    threshold: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Seen]:
+    """Return the unexplained fraction of variance, with features that are dense arrays."""
+    error = acts - decode(params, feats, dtype=moment.dtype)
+    return see(fraction_of_variance(error, moment), error, count_fired(feats), threshold)
+
+
+def sparse_loss(
+    params: SaeParams,
+    acts: Float[Array, "B D"],
+    codes: Codes,
+    moment: Moment,
+    threshold: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Seen]:
+    """Return what `dense_loss` returns, by codes; they come from an encoder that reads activations - b_dec."""
+    values = sparse.attach(params, acts - lax.stop_gradient(params.b_dec), codes)
+    error = acts - (sparse.decode(params.W_dec, values, codes, acts) + params.b_dec)
+    is_active = (codes.values > 0).astype(jnp.float32)
+    fired = jnp.zeros_like(params.b_enc).at[codes.ids].add(is_active, mode="promise_in_bounds")
+    return see(fraction_of_variance(error, moment), error, fired, threshold)
+
+
+def count_fired(feats: Float[Array, "B F"]) -> Float[Array, " F"]:
+    """Return the rows on which each latent is above zero."""
+    return jnp.sum((feats > 0).astype(jnp.float32), axis=0)
+
+
 def aux_loss(
     params: SaeParams,
-    pre: Float[Array, "B F"],
+    acts: Float[Array, "B D"],
     error: Float[Array, "B D"],
-    is_dead: Bool[Array, " F"],
+    moment: Moment,
     *,
-    axis: str | None,
-    dtype: DTypeLike,
+    few: bool,
 ) -> Float[Array, ""]:
     """Return how badly the dead latents alone explain what the living ones left over: a fraction of its energy.
 
-    D/2 dead latents a row take part. The leftover is a constant here, and b_dec is not added to its reconstruction
-    a second time.
+    The D/2 dead latents with a row's largest pre-activations take part in it. They are not rectified, so that a dead
+    latent learns also where its pre-activation is negative. The leftover is a constant here, and b_dec is not added to
+    its reconstruction a second time.
+
+    Args:
+        acts: this shard's rows, scaled.
+        error: the leftover.
+        few: at most D/2 latents are dead, so that all of them take part: only their weights are read.
 
     Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
-    error = lax.stop_gradient(error)
-    feats, any_dead = revive(pre, is_dead, error.shape[-1] // 2)
+    n_revived = min(error.shape[-1] // 2, params.b_enc.shape[-1])
+    if few:
+        dead, weights = _of_dead(params, moment.is_dead, n_revived)
+        feats = jnp.where(dead, encoder(weights, acts, centres_input=True, dtype=moment.dtype), 0.0)
+    else:
+        weights = params
+        feats = revive(encoder(params, acts, centres_input=True, dtype=moment.dtype), moment.is_dead, n_revived)
     energy = jnp.sum(error**2)
-    energy = energy if axis is None else lax.psum(energy, axis)
-    unexplained = jnp.sum((error - dot(feats, params.W_dec, dtype)) ** 2)
-    return any_dead * unexplained / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
+    energy = energy if moment.axis is None else lax.psum(energy, moment.axis)
+    unexplained = jnp.sum((error - dot(feats, weights.W_dec, moment.dtype)) ** 2)
+    return unexplained / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
+
+
+def _of_dead(params: SaeParams, is_dead: Bool[Array, " F"], n: int) -> tuple[Bool[Array, " n"], SaeParams]:
+    """Return the weights of `n` latents, the dead ones first, and which of them are dead."""
+    ids = jnp.nonzero(is_dead, size=n, fill_value=0)[0]
+    return jnp.arange(n) < is_dead.sum(), dataclasses.replace(
+        params, W_enc=params.W_enc[:, ids], b_enc=params.b_enc[ids], W_dec=params.W_dec[ids]
+    )
+
+
+def revive(pre: Float[Array, "B F"], is_dead: Bool[Array, " F"], n_revived: int) -> Float[Array, "B F"]:
+    """Return each row's `n_revived` largest pre-activations among the dead latents, and zeros."""
+    values, ids = lax.top_k(jnp.where(is_dead, pre, -jnp.inf), n_revived)
+    rows = jnp.arange(pre.shape[0])[:, None]
+    values = jnp.where(jnp.isfinite(values), values, 0.0)
+    return jnp.zeros_like(pre).at[rows, ids].set(values, unique_indices=True, mode="promise_in_bounds")

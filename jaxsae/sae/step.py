@@ -21,11 +21,14 @@ from jaxtyping import Array, Float, Int
 from jaxsae import mesh as meshes
 from jaxsae.artifacts import InputError
 from jaxsae.config import SaeConfig, TrainConfig
-from jaxsae.sae.architectures import AnyArray, SaeParams, architecture
-from jaxsae.sae.losses import BatchCounts, layer_loss
+from jaxsae.sae.architectures import architecture, gradients, k_slots
+from jaxsae.sae.autoencoder import AnyArray, SaeParams, unit_rows
+from jaxsae.sae.losses import Moment, Seen, aux_loss
 from jaxsae.sae.suite import SaeSuite, fold_scale
 
+SPARSE_FROM = 64  # latents per kept one from which products by codes take less time on a CPU
 THRESHOLD_DECAY = 0.999  # of BatchTopK's threshold at inference, an exponential average
+_FEATURE_BYTES = 2**32  # of the layers that an accelerator computes together
 _LONGEST_WAIT = 2**30  # tokens; counters of latents that never fire stop about here, before int32 overflows
 
 
@@ -46,6 +49,7 @@ class Recipe:
     batches_per_epoch: int
     dead_tokens: int
     lr: float
+    is_sparse: bool
 
     @property
     def total_tokens(self) -> int:
@@ -76,8 +80,19 @@ def make_recipe(sae: SaeConfig, train: TrainConfig, *, n_layers: int, d_model: i
         total_steps=steps,
         batches_per_epoch=batches_per_epoch,
         dead_tokens=max(train.batch, min(sae.dead_tokens, steps * train.batch // 5)),
+        is_sparse=_is_sparse(sae, n_latents),
         lr=train.lr if train.lr is not None else min(3e-4, 2e-4 / (n_latents / 2**14) ** 0.5),
     )
+
+
+def _is_sparse(sae: SaeConfig, n_latents: int) -> bool:
+    """Choose the form of the products: by codes only touches k of F latents, dense is one large product.
+
+    The crossover is measured on a CPU (`launch/bench`); accelerators take the dense form until one is measured there.
+    """
+    if sae.compute == "auto":
+        return jax.default_backend() == "cpu" and n_latents >= SPARSE_FROM * k_slots(sae)
+    return sae.compute == "sparse"
 
 
 @flax.struct.dataclass
@@ -147,9 +162,8 @@ def init_state(recipe: Recipe, sample: Float[np.ndarray, "L N D"], seed: int) ->
     mean = rows.mean(axis=1) * scale[:, None]
     variance = squared * scale**2 - (mean**2).sum(-1)
     keys = [jax.random.fold_in(jax.random.key(seed), layer) for layer in range(len(rows))]
-    init = _init_tied if arch.centres_input else _init_linear
     layers = [
-        init(key, recipe.d_model, recipe.n_latents, jnp.asarray(m, jnp.float32))
+        arch.init(key, jnp.asarray(m, jnp.float32), recipe.n_latents, recipe.sae)
         for key, m in zip(keys, mean, strict=True)
     ]
     params = jax.tree.map(lambda *x: jnp.stack(x), *layers)
@@ -176,28 +190,6 @@ def _check_rows(rows: Float[np.ndarray, "L N D"]) -> None:
             raise InputError(f"the activations of layer {layer} are not finite; run jaxsae extract again")
         if np.ptp(layer_rows, axis=0).max() == 0:
             raise InputError(f"the activations of layer {layer} are the same on all {len(layer_rows)} tokens")
-
-
-def _init_tied(key: Array, d_model: int, n_latents: int, mean: Float[Array, " D"]) -> SaeParams:
-    """Unit decoder rows in random directions, the encoder their transpose, b_dec the mean row."""
-    W_dec = _unit_rows(jax.random.normal(key, (n_latents, d_model)))
-    return SaeParams(W_enc=W_dec.T, b_enc=jnp.zeros(n_latents), W_dec=W_dec, b_dec=mean)
-
-
-def _init_linear(key: Array, d_model: int, n_latents: int, mean: Float[Array, " D"]) -> SaeParams:
-    """The published run's: torch's nn.Linear default for both layers, then unit decoder rows."""
-    keys = jax.random.split(key, 4)
-    bound_in, bound_out = d_model**-0.5, n_latents**-0.5
-    return SaeParams(
-        W_enc=jax.random.uniform(keys[0], (d_model, n_latents), minval=-bound_in, maxval=bound_in),
-        b_enc=jax.random.uniform(keys[1], (n_latents,), minval=-bound_in, maxval=bound_in),
-        W_dec=_unit_rows(jax.random.uniform(keys[2], (n_latents, d_model), minval=-bound_out, maxval=bound_out)),
-        b_dec=jax.random.uniform(keys[3], (d_model,), minval=-bound_out, maxval=bound_out),
-    )
-
-
-def _unit_rows(rows: Float[Array, "*L F D"]) -> Float[Array, "*L F D"]:
-    return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 def make_step(recipe: Recipe, mesh: Mesh) -> Callable:
@@ -228,7 +220,8 @@ def train_step(
     """Take one step on this shard's layers and rows; with `axis=None`, on all of them."""
     arch = architecture(recipe.sae.architecture)
     acts = acts.astype(jnp.float32) * state.scale[:, None, None]
-    grads, counts, threshold = _gradients(state, acts, recipe, axis)
+    grads, seen = _gradients(state, acts, step, recipe, axis)
+    counts = seen.counts
     if axis is not None:
         grads, counts = lax.psum((grads, counts), axis)
     if arch.centres_input:
@@ -236,7 +229,7 @@ def train_step(
     updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     every = recipe.train.unit_decoder_every
-    unit = jnp.where((step + 1) % every == 0, _unit_rows(params.W_dec), params.W_dec)
+    unit = jnp.where((step + 1) % every == 0, unit_rows(params.W_dec), params.W_dec)
     waited = jnp.minimum(state.since_fired, _LONGEST_WAIT) + recipe.train.batch
     since_fired = jnp.where(counts.fired > 0, 0, waited)
     n_rows = recipe.train.batch
@@ -252,29 +245,61 @@ def train_step(
         params=dataclasses.replace(params, W_dec=unit),
         opt_state=opt_state,
         since_fired=since_fired,
-        threshold_sum=THRESHOLD_DECAY * state.threshold_sum + (1 - THRESHOLD_DECAY) * threshold,
     )
+    if arch.estimates_threshold:
+        average = THRESHOLD_DECAY * state.threshold_sum + (1 - THRESHOLD_DECAY) * seen.threshold
+        new_state = dataclasses.replace(new_state, threshold_sum=average)
     return new_state, metrics
 
 
 def _gradients(
-    state: TrainState, acts: Float[Array, "L B D"], recipe: Recipe, axis: str | None
-) -> tuple[SaeParams, BatchCounts, Float[Array, " L"]]:
-    """Return this shard's gradients, counts and thresholds; the dead latents' loss is left out while none is dead."""
-    is_dead = state.since_fired >= recipe.dead_tokens
-    fixed = jnp.full_like(state.variance, recipe.sae.threshold)
+    state: TrainState, acts: Float[Array, "L B D"], step: Int[Array, ""], recipe: Recipe, axis: str | None
+) -> tuple[SaeParams, Seen]:
+    """Return this shard's gradients and what the losses saw, some layers at a time."""
     params = state.params if axis is None else jax.tree.map(lambda x: lax.pcast(x, axis, to="varying"), state.params)
+    is_dead = state.since_fired >= recipe.dead_tokens
+    dtype = jnp.dtype(recipe.train.dtype)
+    at = functools.partial(Moment, config=recipe.sae, axis=axis, is_sparse=recipe.is_sparse, dtype=dtype)
 
-    def gradients(with_aux: bool) -> tuple:
-        loss = functools.partial(layer_loss, config=recipe.sae, axis=axis, with_aux=with_aux)
-        grads, (counts, threshold) = jax.vmap(jax.grad(loss, has_aux=True))(
-            params, acts, state.variance, fixed, is_dead
-        )
-        return grads, counts, threshold
+    def one_layer(layer: tuple) -> tuple[SaeParams, Seen]:
+        params, acts, variance, is_dead = layer
+        moment = at(variance, is_dead, step / recipe.total_steps)
+        (_, seen), grads = gradients(recipe.sae.architecture, params, acts, moment)
+        if architecture(recipe.sae.architecture).imposes_k and recipe.sae.aux_coefficient > 0:
+            grads, seen = _with_aux(grads, seen, params, acts, moment)
+        return grads, dataclasses.replace(seen, error=None)
 
-    if architecture(recipe.sae.architecture).sparsity == "l1" or recipe.sae.aux_coefficient == 0:
-        return gradients(False)
-    return lax.cond(is_dead.any(), lambda: gradients(True), lambda: gradients(False))
+    together = _layers_at_once(recipe, acts)
+    layers = (params, acts, state.variance, is_dead)
+    return lax.map(one_layer, layers, batch_size=together if together > 1 else None)
+
+
+def _with_aux(
+    grads: SaeParams, seen: Seen, params: SaeParams, acts: Float[Array, "B D"], moment: Moment
+) -> tuple[SaeParams, Seen]:
+    """Add the dead latents' loss; it costs nothing while none is dead, and little while few are."""
+    weight = moment.config.aux_coefficient
+
+    def added(few: bool) -> tuple[SaeParams, Float[Array, ""]]:
+        def loss(params: SaeParams) -> Float[Array, ""]:
+            return weight * aux_loss(params, acts, seen.error, moment, few=few)
+
+        aux, aux_grads = jax.value_and_grad(loss)(params)
+        return jax.tree.map(jnp.add, grads, aux_grads), seen.counts.loss + aux
+
+    n_dead = moment.is_dead.sum()
+    which = (n_dead > 0).astype(jnp.int32) + (n_dead > acts.shape[-1] // 2)
+    branches = (lambda: (grads, seen.counts.loss), lambda: added(few=True), lambda: added(few=False))
+    grads, loss = lax.switch(which, branches)
+    return grads, dataclasses.replace(seen, counts=dataclasses.replace(seen.counts, loss=loss))
+
+
+def _layers_at_once(recipe: Recipe, acts: Float[Array, "L B D"]) -> int:
+    """Return how many layers' features are in memory together: one on a CPU, whose caches are small, else 4 GiB."""
+    if jax.default_backend() == "cpu":
+        return 1
+    fitting = max(1, _FEATURE_BYTES // (4 * acts.shape[1] * recipe.n_latents))
+    return max(n for n in range(1, len(acts) + 1) if len(acts) % n == 0 and n <= fitting)
 
 
 def _off_rows(gradient: Float[AnyArray, "L F D"], rows: Float[AnyArray, "L F D"]) -> Float[AnyArray, "L F D"]:
@@ -284,14 +309,10 @@ def _off_rows(gradient: Float[AnyArray, "L F D"], rows: Float[AnyArray, "L F D"]
 
 def weights_of(state: TrainState, recipe: Recipe, step: int) -> dict[str, Array]:
     """Return the arrays that make a suite: weights, threshold at inference [L F], scale."""
-    if architecture(recipe.sae.architecture).learns_threshold:
-        threshold = state.threshold_sum / max(1 - THRESHOLD_DECAY**step, 1e-12)
-    elif architecture(recipe.sae.architecture).sparsity == "l1":
-        threshold = jnp.full_like(state.scale, recipe.sae.threshold)
-    else:
-        threshold = jnp.zeros_like(state.scale)
-    per_latent = jnp.zeros_like(state.params.b_enc) + threshold[:, None]
-    return {**vars(state.params), "threshold": per_latent, "scale": state.scale}
+    estimated = state.threshold_sum / max(1 - THRESHOLD_DECAY**step, 1e-12)
+    fold = architecture(recipe.sae.architecture).fold
+    folded = jax.vmap(lambda params, threshold: fold(params, threshold, recipe.sae))(state.params, estimated)
+    return {**folded, "scale": state.scale}
 
 
 def suite_of(weights: dict[str, Array], recipe: Recipe) -> SaeSuite:

@@ -13,7 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxsae.artifacts import InputError
-from jaxsae.sae.architectures import AnyArray, SaeParams, architecture, decode, pre_activations
+from jaxsae.sae.architectures import architecture
+from jaxsae.sae.autoencoder import AnyArray, SaeParams, decode, pre_activations
 
 FloatArray = Float[AnyArray, "..."]
 

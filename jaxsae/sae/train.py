@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from jaxsae import mesh as meshes
 from jaxsae.artifacts import InputError
 from jaxsae.sae import evaluate
-from jaxsae.sae.architectures import SaeParams, architecture, pre_activations
+from jaxsae.sae.architectures import architecture
+from jaxsae.sae.autoencoder import SaeParams, pre_activations
 from jaxsae.sae.checkpoint import Checkpoints, load
 from jaxsae.sae.step import Recipe, TrainState, init_state, keep_best, make_step, suite_of, weights_of
 from jaxsae.sae.suite import SaeSuite, params_of
@@ -66,7 +67,7 @@ class Trainer:
         latest = checkpoints.latest_step()
         if latest is not None:
             trees, self.reader = checkpoints.restore(latest, _trees(self.state, recipe, 0))
-            self.state, self.step = _from_trees(trees, self.state), latest
+            self.state, self.step = _from_trees(trees, self.state, recipe), latest
         self._take_step = make_step(recipe, mesh)
         self._row_sums = evaluate.make_row_sums(mesh)
         self._pending: list[tuple[int, dict[str, Array]]] = []
@@ -172,7 +173,7 @@ class Trainer:
         suite = jax.tree.map(lambda x: meshes.put_layers(meshes.pad_layers(x, self.mesh), self.mesh), saved)
         quality = self.measure(suite)
         state = meshes.fetch({"dead": self.state.best_dead, "step": self.state.best_step})
-        imposes_k = architecture(self.recipe.sae.architecture).sparsity == "l0"
+        imposes_k = architecture(self.recipe.sae.architecture).imposes_k
         return {
             "mse": quality.mse,
             "fvu": quality.fvu,
@@ -196,7 +197,7 @@ class Trainer:
     def _finish(self) -> None:
         """Set BatchTopK's thresholds so that held-out tokens have k active latents on average, and save."""
         trees = _trees(self.state, self.recipe, self.step)
-        if architecture(self.recipe.sae.architecture).learns_threshold:
+        if architecture(self.recipe.sae.architecture).estimates_threshold:
             for which in ("best", "last"):
                 trees[which]["threshold"] = self._calibrated(trees[which])
         self._save(trees)
@@ -240,28 +241,34 @@ _STATE_ONLY = ("since_fired", "threshold_sum", "mean", "variance", "best_fvu", "
 
 def _trees(state: TrainState, recipe: Recipe, step: int) -> dict[str, Any]:
     """Return the state as the checkpoint's items: weights that others read, and what only training needs."""
-    optimizer = {
-        jax.tree_util.keystr(path, simple=True, separator="_"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-    }
     train = {name: getattr(state, name) for name in _STATE_ONLY}
-    return {
-        "best": dict(state.best),
-        "last": weights_of(state, recipe, step),
-        "train": train | {"optimizer": optimizer},
-    }
+    kept = {name: _by_name(getattr(state, field)) for name, field in _kept_fields(recipe).items()}
+    return {"best": dict(state.best), "last": weights_of(state, recipe, step), "train": train | kept}
 
 
-def _from_trees(trees: dict[str, Any], like: TrainState) -> TrainState:
+def _from_trees(trees: dict[str, Any], like: TrainState, recipe: Recipe) -> TrainState:
     """Undo `_trees`."""
     last, train = trees["last"], trees["train"]
-    paths = jax.tree_util.tree_leaves_with_path(like.opt_state)
-    leaves = [train["optimizer"][jax.tree_util.keystr(path, simple=True, separator="_")] for path, _ in paths]
+    whole = {field: _from_names(train[name], getattr(like, field)) for name, field in _kept_fields(recipe).items()}
+    if "params" not in whole:
+        whole["params"] = SaeParams(**{name: last[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")})
     return dataclasses.replace(
-        like,
-        params=SaeParams(**{name: last[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}),
-        opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
-        scale=last["scale"],
-        best=trees["best"],
-        **{name: train[name] for name in _STATE_ONLY},
+        like, scale=last["scale"], best=trees["best"], **whole, **{name: train[name] for name in _STATE_ONLY}
     )
+
+
+def _kept_fields(recipe: Recipe) -> dict[str, str]:
+    """Return the pytrees that only training needs; the weights are one where those in `last` are not the same."""
+    is_folded = architecture(recipe.sae.architecture).is_folded
+    return {"optimizer": "opt_state"} | ({"params": "params"} if is_folded else {})
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Return a pytree's leaves by their places in it."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="_"): leaf for path, leaf in paths}
+
+
+def _from_names(leaves: dict[str, Any], like: Any) -> Any:
+    """Undo `_by_name`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in _by_name(like)])

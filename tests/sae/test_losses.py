@@ -1,6 +1,7 @@
 """The training loss of one layer: values and gradients against finite differences and a torch re-implementation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from jaxsae.config import SaeConfig
-from jaxsae.sae.architectures import SaeParams
-from jaxsae.sae.losses import aux_loss, layer_loss
+from jaxsae.sae.architectures import architecture as architecture_of
+from jaxsae.sae.architectures import gradients
+from jaxsae.sae.autoencoder import SaeParams
+from jaxsae.sae.losses import Moment, aux_loss, revive
 
 B, D, F, K = 10, 6, 17, 3
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -29,22 +32,29 @@ def inputs(seed=0):
     return {name: x.astype(np.float32) for name, x in params.items()}, acts.astype(np.float32)
 
 
-def loss_of(architecture, acts, is_dead=None, **settings):
-    """Return the loss as a function of the weights alone."""
+def moment_of(architecture, is_dead=None, **settings):
     config = SaeConfig(architecture=architecture, k=K, n_latents=F, threshold=0.2, **settings)
     dead = jnp.zeros(F, bool) if is_dead is None else jnp.asarray(is_dead)
+    return Moment(jnp.float32(2.5), dead, jnp.float32(0.5), config)
+
+
+def loss_of(architecture, acts, is_dead=None, **settings):
+    """Return the loss as a function of the weights alone, that of dead latents with it where some are named."""
+    moment = moment_of(architecture, is_dead, **settings)
 
     def loss(weights):
-        return layer_loss(
-            SaeParams(**weights), jnp.asarray(acts), jnp.float32(2.5), jnp.float32(config.threshold), dead,
-            config=config, axis=None, with_aux=is_dead is not None,
-        )  # fmt: skip
+        params = SaeParams(**weights)
+        value, seen = architecture_of(architecture).loss(params, jnp.asarray(acts), moment)
+        if is_dead is not None and is_dead.any():
+            few = bool(is_dead.sum() <= D // 2)
+            value += moment.config.aux_coefficient * aux_loss(params, jnp.asarray(acts), seen.error, moment, few=few)
+        return value, seen
 
     return loss
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu_l1"])
-def test_layer_loss__has_the_gradient_of_finite_differences(architecture):
+def test_loss__has_the_gradient_of_finite_differences(architecture):
     weights, acts = inputs()
     value = jax.jit(lambda weights: loss_of(architecture, acts)(weights)[0])
     grads = jax.jit(jax.grad(value))(weights)
@@ -120,56 +130,80 @@ def test_batchtopk_loss__equals_torch():
     assert_same_as_torch(loss_of("batchtopk", acts), torch_loss, weights)
 
 
-@jax.jit
-def aux(weights, pre, error, is_dead):
-    return aux_loss(SaeParams(**weights), pre, error, is_dead, axis=None, dtype=jnp.float32)
+def aux(weights, acts, error, is_dead, *, few=False):
+    return aux_loss(
+        SaeParams(**{name: jnp.asarray(x) for name, x in weights.items()}),
+        jnp.asarray(acts),
+        jnp.asarray(error),
+        moment_of("topk", np.asarray(is_dead)),
+        few=few,
+    )
+
+
+def at_origin(weights):
+    return weights | {"b_enc": np.zeros(F, np.float32), "b_dec": np.zeros(D, np.float32)}
+
+
+@pytest.mark.parametrize("n_dead", [1, 2, 3])
+def test_aux_loss__of_few_dead_latents__reads_their_weights_alone_and_is_the_same(n_dead):
+    weights, acts = inputs(6)
+    error = np.random.default_rng(0).normal(size=(B, D)).astype(np.float32)
+    is_dead = np.isin(np.arange(F), [3, 8, 15][:n_dead])
+    values, grads = zip(
+        *[
+            jax.value_and_grad(lambda w, few=few: aux(w, acts, error, is_dead, few=few))(weights)
+            for few in (False, True)
+        ],
+        strict=True,
+    )
+    assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-6)
+    for name in NAMES:
+        np.testing.assert_allclose(grads[0][name], grads[1][name], atol=1e-6, err_msg=name)
 
 
 def test_aux_loss__is_a_fraction_of_the_errors_energy():
-    weights, error = inputs(6)
-    pre = error @ weights["W_enc"]
+    weights, error = at_origin(inputs(6)[0]), inputs(6)[1]
     is_dead = np.arange(F) % 3 == 0
-    once, scaled = aux(weights, pre, error, is_dead), aux(weights, 7 * pre, 7 * error, is_dead)
+    once, scaled = aux(weights, error, error, is_dead), aux(weights, 7 * error, 7 * error, is_dead)
     assert float(once) == pytest.approx(float(scaled), rel=1e-5)
-    assert float(aux(weights, np.zeros_like(pre), error, is_dead)) == pytest.approx(1.0, rel=1e-6)
+    assert float(aux(weights, np.zeros_like(error), error, is_dead)) == pytest.approx(1.0, rel=1e-6)
 
 
-def test_aux_loss__is_zero_where_the_dead_explain_the_error_exactly__whatever_b_dec():
-    weights, _ = inputs(7)
-    is_dead = np.arange(F) < D // 2
-    pre = np.random.default_rng(0).normal(size=(B, F)).astype(np.float32)
+def test_aux_loss__does_not_add_b_dec_to_the_reconstruction():
+    weights, acts = inputs(7)
+    is_dead, moved = np.arange(F) < D // 2, weights | {"b_dec": 100 + weights["b_dec"]}
+    pre = (acts - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     error = pre[:, is_dead] @ weights["W_dec"][is_dead]
-    for b_dec in (weights["b_dec"], 100 + weights["b_dec"]):
-        assert float(aux(weights | {"b_dec": b_dec}, pre, error, is_dead)) < 1e-12
+    for few in (False, True):
+        assert float(aux(weights, acts, error, is_dead, few=few)) < 1e-10
+        assert float(aux(moved, acts + 100, error, is_dead, few=few)) < 1e-7
 
 
-def test_aux_loss__reaches_only_dead_latents_and_not_b_dec():
-    weights, error = inputs(8)
+def test_aux_loss__reaches_only_dead_latents():
+    weights, acts = inputs(8)
     is_dead = np.arange(F) % 4 == 1
-
-    def loss(weights):
-        return aux(weights, error @ weights["W_enc"] + weights["b_enc"], error, is_dead)
-
-    grads = jax.jit(jax.grad(loss))(weights)
-    assert not grads["b_dec"].any()
+    grads = jax.grad(lambda weights: aux(weights, acts, acts, is_dead))(weights)
     for name, rows in (("W_enc", grads["W_enc"].T), ("W_dec", grads["W_dec"]), ("b_enc", grads["b_enc"][:, None])):
         assert not rows[~is_dead].any(), name
         assert rows[is_dead].any(axis=-1).all(), name
 
 
-def test_aux_loss__without_dead_latents__is_zero_and_leaves_the_gradient():
-    weights, acts = inputs(9)
-    none_dead = np.zeros(F, bool)
-    plain = jax.jit(jax.grad(loss_of("topk", acts), has_aux=True))(weights)[0]
-    with_aux = jax.jit(jax.grad(loss_of("topk", acts, none_dead, aux_coefficient=0.7), has_aux=True))(weights)[0]
-    for name in NAMES:
-        np.testing.assert_allclose(plain[name], with_aux[name], rtol=1e-6, atol=1e-7)
-    assert float(aux(weights, acts @ weights["W_enc"], acts, none_dead)) == 0
+def test_revive__takes_the_largest_dead_latents_unrectified():
+    pre = jnp.asarray([[5.0, -1.0, 2.0, -3.0, 4.0], [1.0, -2.0, -7.0, -0.5, 0.0]])
+    is_dead = jnp.asarray([False, True, False, True, True])
+    np.testing.assert_array_equal(revive(pre, is_dead, 2), [[0, -1, 0, 0, 4], [0, 0, 0, -0.5, 0]])
 
 
-def test_layer_loss__counts_what_it_kept():
+def test_revive__with_fewer_dead_than_asked_for__takes_those():
+    pre = jnp.asarray([[5.0, -1.0, 2.0]])
+    np.testing.assert_array_equal(revive(pre, jnp.asarray([False, True, False]), 2), [[0, -1, 0]])
+    np.testing.assert_array_equal(revive(pre, jnp.zeros(3, bool), 2), np.zeros((1, 3)))
+
+
+def test_loss__counts_what_it_kept():
     weights, acts = inputs(10)
-    loss, (counts, threshold) = jax.jit(loss_of("topk", acts))(weights)
+    loss, seen = jax.jit(loss_of("topk", acts))(weights)
+    counts = seen.counts
     pre = (acts - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     kept = (pre >= np.sort(pre, axis=1)[:, -K:][:, :1]) & (pre > 0)
     recon = np.where(kept, pre, 0) @ weights["W_dec"] + weights["b_dec"]
@@ -177,5 +211,25 @@ def test_layer_loss__counts_what_it_kept():
     assert float(counts.n_active) == kept.sum()
     assert float(counts.squared_error) == pytest.approx(float(((acts - recon) ** 2).sum()), rel=1e-5)
     assert float(loss) == float(counts.loss)
-    assert float(threshold) == 0
+    assert seen.threshold is None
+    np.testing.assert_allclose(seen.error, acts - recon, atol=1e-5)
     assert {field.name for field in dataclasses.fields(counts)} == {"loss", "squared_error", "n_active", "fired"}
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("k_start", [None, 6])
+def test_gradients__by_codes__equal_the_dense_ones(architecture, k_start):
+    weights, acts = inputs(11)
+    moment = moment_of(architecture, k_start=k_start, anneal=1.0)
+    pre = (acts - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    for crowded in (False, True):
+        # One row with more to keep than the codes have room for: the dense form takes over.
+        rows = acts + crowded * (np.arange(B) == 2)[:, None] * 90 * np.sign(pre[2]) @ weights["W_enc"].T
+        found = [
+            jax.jit(lambda w, is_sparse=is_sparse, rows=rows: gradients(
+                architecture, SaeParams(**w), jnp.asarray(rows), dataclasses.replace(moment, is_sparse=is_sparse)
+            ))(weights)
+            for is_sparse in (False, True)
+        ]  # fmt: skip
+        compare = functools.partial(np.testing.assert_allclose, atol=2e-6 * np.abs(rows).max() ** 2)
+        jax.tree.map(compare, *found)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxsae.artifacts import InputError
-from jaxsae.sae.architectures import SaeParams, architecture, decode, pre_activations
+from jaxsae.sae.architectures import architecture
+from jaxsae.sae.autoencoder import SaeParams, decode, pre_activations
 from jaxsae.sae.suite import SaeSuite, fold_scale
 
 L, B, T, D, F, K = 3, 4, 5, 6, 11, 2

@@ -78,7 +78,7 @@ def main(directory, *, architecture="batchtopk", layer="1", data="1", total="20"
     n_layers, d_model = 3, 7
     mesh = meshes.make_mesh(n_layers, layer=int(layer), data=int(data))
     source = PlantedSource(n_layers, d_model, layers=meshes.local_layers(n_layers, mesh))
-    config = SaeConfig(architecture=architecture, n_latents=13, k=2, dead_tokens=2 * BATCH, l1_coefficient=0.01)
+    config = SaeConfig(architecture=architecture, n_latents=13, k=2, dead_tokens=2 * BATCH, sparsity_coefficient=0.01)
     train = TrainConfig(
         batch=BATCH, n_tokens=int(total) * BATCH, lr=0.02, warmup_steps=2, clip_norm=0.5, evaluate_every=EVERY,
         evaluate_tokens=128, checkpoint_every=EVERY,
