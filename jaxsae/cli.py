@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 COMMANDS = {
     "run": "all stages below, in order; what is up to date is skipped",
@@ -19,6 +20,8 @@ COMMANDS = {
     "detect": "features and tracks -> detectors of hallucinated answers beside baselines, metrics.json",
     "evaluate": "everything measured -> report.md, report.html and figures/",
     "plan": "time, memory and disk of each stage, before anything runs; reads no weights",
+    "export": "saes/ -> one SAE folder per layer that another library reads",
+    "import": "SAEs of another library -> saes/, for answer and track without training",
 }
 _SECTIONS = {
     "extract": ("model", "corpus", "activations", "seed"),
@@ -43,6 +46,21 @@ _PLAN_FLAGS = """\
   --workdir=DIR                 the disk to look at (default: that of temporary files); nothing is kept there
   --devices=N                   plan for N devices like the one here (default: those here)
   --device-memory=GIB           memory of each (default: that of the one here)"""
+
+
+_EXCHANGE_FLAGS = {
+    "export": """\
+  --workdir=DIR                 the run whose SAEs are written
+  --out=DIR                     new folder for them
+  --format=saelens              layout: SAELens, version 6""",
+    "import": """\
+  SRC                           one SAE's folder or weights file, or a folder of folders, one for each layer
+  --model=NAME                  their language model: a Hugging Face name, a folder or a .gguf file
+  --dtype=bfloat16              the model's compute dtype, as model.dtype of the runs that will use them
+  --workdir=DIR                 the run that gets saes/
+  --format=LAYOUT               saelens, sparsify, dictionary_learning, openai or gemma_scope; unset: by file names
+  --layer=N                     where a single SAE belongs, if its files do not say""",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,6 +100,8 @@ def help_text(command: str | None = None) -> str:
         lines = [f"  {name:<9} {summary}" for name, summary in COMMANDS.items()]
         start = "launch/demo runs all of them on a small model in minutes; jaxsae COMMAND --help lists the settings."
         return "\n".join([_USAGE, "", *lines, "", _FLAGS, "", start])
+    if command in _EXCHANGE_FLAGS:
+        return "\n".join([f"jaxsae {command}: {COMMANDS[command]}", "", _EXCHANGE_FLAGS[command]])
     from jaxsae.config import describe
 
     sections = _SECTIONS.get(command) or tuple(dict.fromkeys(s for names in _SECTIONS.values() for s in names))
@@ -100,6 +120,8 @@ def _command(argv: list[str]) -> int:
     if not names or names[0] not in COMMANDS:
         given = names[0] if names else "no command"
         raise InputError(f"expected a command ({', '.join(COMMANDS)}), got {given}{_nearest(given)}")
+    if names[0] in _EXCHANGE_FLAGS:
+        return _exchange(names[0], argv)
     flag_values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=flag_values)
     flags.DEFINE_bool("dry_run", False, "change nothing", flag_values=flag_values)
@@ -160,6 +182,55 @@ def _plan(config, flag_values) -> int:
     lines = plan.run(config, workdir, devices=flag_values.devices, device_gib=flag_values.device_memory)
     print("\n".join(lines))
     return 0
+
+
+def _exchange(command: str, argv: list[str]) -> int:
+    from absl import flags
+    from absl import logging as absl_logging
+
+    from jaxsae.artifacts import InputError
+    from jaxsae.pipeline import exchange
+
+    given = _exchange_flags(command)
+    try:
+        words = given(argv)[2:]
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    for name in ("workdir", "out") if command == "export" else ("workdir", "model"):
+        if not given[name].value:
+            raise InputError(f"--{name} is missing; jaxsae {command} --help says what it takes")
+    if len(words) != (command == "import"):
+        takes = "one SRC, the SAEs' folder" if command == "import" else "flags alone"
+        raise InputError(f"jaxsae {command} takes {takes}; got {' '.join(words) or 'none'}")
+    flags.FLAGS.mark_as_parsed()
+    _set_up_logging(absl_logging, given.verbosity)
+    workdir = Path(given.workdir)
+    if command == "export":
+        exchange.export_suite(workdir, Path(given.out))
+    else:
+        place = {"layout": given.format, "layer": given.layer}
+        exchange.import_suite(Path(words[0]), workdir, model=given.model, dtype=given.dtype, **place)
+    return 0
+
+
+def _exchange_flags(command: str) -> Any:
+    """Return the unparsed flags of `export` or `import`; these need no config."""
+    from absl import flags
+
+    from jaxsae.pipeline.exchange import EXPORT_LAYOUTS, IMPORT_LAYOUTS
+
+    flag_values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "the run's folder", flag_values=flag_values)
+    flags.DEFINE_integer("verbosity", 0, "how much is logged", flag_values=flag_values)
+    if command == "export":
+        flags.DEFINE_string("out", None, "new folder", flag_values=flag_values)
+        flags.DEFINE_enum("format", EXPORT_LAYOUTS[0], EXPORT_LAYOUTS, "layout", flag_values=flag_values)
+        return flag_values
+    flags.DEFINE_string("model", None, "the SAEs' language model", flag_values=flag_values)
+    flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16"), "the model's", flag_values=flag_values)
+    flags.DEFINE_enum("format", None, IMPORT_LAYOUTS, "layout", flag_values=flag_values)
+    flags.DEFINE_integer("layer", None, "of a single SAE", 0, flag_values=flag_values)
+    return flag_values
 
 
 def _set_up_logging(absl_logging, verbosity: int) -> None:

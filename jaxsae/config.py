@@ -49,8 +49,12 @@ class CorpusConfig:
 class ActivationsConfig:
     """How residual streams reach the trainer."""
 
-    source: str = _field("store", "store: from disk, written by jaxsae extract")
+    source: str = _field(
+        "store",
+        "store: from disk, written by jaxsae extract; stream: computed while training, from a buffer on the devices",
+    )
     batch: int = _field(16, "contexts in one forward pass; part of the result, as a matrix product's rounding is")
+    replace: float = _field(0.5, "stream: share of the buffer (train.buffer_tokens) that a refill replaces")
     compression: str = _field("raw", "raw, or blosc (lz4 with bit shuffle: 1.25-1.44 times smaller)")
 
 
@@ -58,17 +62,39 @@ class ActivationsConfig:
 class SaeConfig:
     """The sparse autoencoders, one for each layer."""
 
-    architecture: str = _field("batchtopk", "topk, batchtopk or jumprelu_l1 (the published run's)")
+    architecture: str = _field(
+        "batchtopk",
+        "topk, batchtopk, matryoshka, relu, gated, jumprelu, jumprelu_tanh or jumprelu_l1 (the published run's)",
+    )
     n_latents: int | None = _field(None, "latents of each SAE (F); give this or expansion")
     expansion: float | None = _field(None, "latents as a multiple of the residual width (F / D)")
-    k: int = _field(32, "latents active for a token (topk), or on average (batchtopk)")
-    k_start: int | None = _field(None, "topk and batchtopk: k of the first step, which falls to k over the annealing")
-    anneal: float = _field(0.1, "share of the run over which k falls, or a sparsity penalty rises to its full weight")
+    k: int = _field(32, "latents active for a token (topk), or on average; penalties aim at it if they have no weight")
+    k_start: int | None = _field(None, "topk, batchtopk and matryoshka: k of the first step, annealed to k")
+    anneal: float | None = _field(
+        None,
+        "share of the run over which k falls, or a sparsity penalty rises to its full weight; "
+        "unset: 1 for jumprelu_tanh, 0.1 for others; jumprelu_l1's is constant",
+    )
     compute: str = _field("auto", "dense products, sparse ones (by kept latents), or auto: what is faster here")
     aux_coefficient: float = _field(1 / 32, "weight of the loss that revives dead latents (Gao et al. 2024)")
     dead_tokens: int = _field(10_000_000, "a latent that has not fired for this many tokens is dead")
-    threshold: float = _field(1.0, "jumprelu_l1: the fixed threshold, which gets no gradient")
-    sparsity_coefficient: float = _field(0.05, "jumprelu_l1: weight of the mean absolute activation")
+    threshold: float | None = _field(
+        None,
+        "jumprelu and jumprelu_tanh: every latent's at the start, with E|x|^2 = D (those published for 1: times "
+        "sqrt(D)), unset: what k latents exceed; jumprelu_l1: the fixed one, unset: 1.0",
+    )
+    sparsity_coefficient: float | None = _field(
+        None,
+        "weight of the sparsity penalty: of |f|_1 (relu), |gate|_1 (gated), sum tanh(4 f) (jumprelu_tanh), all beside "
+        "|x - x_hat|^2 with E|x|^2 = D; of L0 beside the unexplained fraction (jumprelu); of mean |f| (jumprelu_l1); "
+        "unset: 0.05 for jumprelu_l1, in others what makes L0 about k",
+    )
+    bandwidth: float | None = _field(
+        None, "jumprelu and jumprelu_tanh: width of the kernel of the thresholds' gradient, units as theirs; unset: 2"
+    )
+    groups: tuple[int, ...] = _field(
+        (), "matryoshka: latents of the nested SAEs, rising to all; () is F/16, F/8, ... F"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,27 +104,35 @@ class TrainConfig:
     batch: int = _field(4096, "tokens in a step, of all data shards together")
     epochs: float | None = _field(None, "passes over the training tokens; give this or n_tokens")
     n_tokens: int | None = _field(None, "tokens to train on, repeating the store when it holds fewer")
-    lr: float | None = _field(None, "peak learning rate; unset takes min(3e-4, 2e-4 / sqrt(F / 2^14))")
+    lr: float | None = _field(
+        None, "peak learning rate; unset takes min(3e-4, 2e-4 / sqrt(F / 2^14)), of signum 5e-3 / sqrt(F / 2^14)"
+    )
     dtype: str = _field("float32", "of the operands of matrix products, float32 or bfloat16; all else is float32")
-    optimizer: str = _field("adam", "adam (b1 0.9, b2 0.999)")
-    schedule: str = _field("linear", "linear (warm-up, then decay over the last fifth), cosine (stepped by epoch)")
+    optimizer: str = _field("adam", "adam (b1 0.9, b2 0.999), signum (the sign of the gradient's mean over 20 steps)")
+    schedule: str = _field(
+        "linear",
+        "linear (warm-up, then decay over the last fifth), cosine (stepped by epoch), "
+        "schedule_free (warm-up, then constant, and the weights' average instead of momentum)",
+    )
     warmup_steps: int = _field(1000, "steps of linear warm-up; at most a tenth of the run is used")
     clip_norm: float = _field(1.0, "largest gradient norm of one layer's SAE")
     unit_decoder_every: int = _field(1, "steps between two projections of the decoder's rows to unit norm")
     held_out: float = _field(0.05, "share of the corpus's contexts kept for evaluation")
-    buffer_tokens: int = _field(131_072, "tokens in the shuffling buffer in memory; 2 L D bytes each")
+    buffer_tokens: int = _field(131_072, "tokens in the shuffling buffer; 2 L D bytes each (stream: over all devices)")
     evaluate_every: int = _field(1000, "steps between two evaluations on held-out tokens")
     evaluate_tokens: int = _field(65_536, "held-out tokens in an evaluation")
     delta_ce_tokens: int = _field(16_384, "held-out tokens whose loss is measured with a layer's residual replaced")
     checkpoint_every: int = _field(1000, "steps between two checkpoints")
+    steps_per_dispatch: int = _field(1, "steps that devices take on their own, one after the other, at most")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share the layers, and how many the tokens of a batch."""
+    """How many devices share the layers, the tokens of a batch, and the latents of an SAE."""
 
-    layer: int | None = _field(None, "devices along the layer axis; unset takes all that data leaves")
-    data: int = _field(1, "devices along the data axis")
+    layer: int | None = _field(None, "devices along the layer axis; unset takes all that data and latent leave")
+    data: int = _field(1, "devices along the data axis, which share the tokens of a batch")
+    latent: int = _field(1, "devices along the latent axis, which share an SAE that is too large for one of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +252,22 @@ QUESTION_SETS = ("truthfulqa", "halueval", "triviaqa", "nq_open", "popqa", "know
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.sharding": ("replicated", "split"),
-    "activations.source": ("store",),
+    "activations.source": ("store", "stream"),
     "activations.compression": ("raw", "blosc"),
-    "sae.architecture": ("topk", "batchtopk", "jumprelu_l1"),
+    "sae.architecture": (
+        "topk",
+        "batchtopk",
+        "matryoshka",
+        "relu",
+        "gated",
+        "jumprelu",
+        "jumprelu_tanh",
+        "jumprelu_l1",
+    ),
     "sae.compute": ("auto", "dense", "sparse"),
     "train.dtype": ("float32", "bfloat16"),
-    "train.optimizer": ("adam",),
-    "train.schedule": ("linear", "cosine"),
+    "train.optimizer": ("adam", "signum"),
+    "train.schedule": ("linear", "cosine", "schedule_free"),
     "questions.name": QUESTION_SETS,
     "questions.format": ("auto", "jsonl", "csv", *QUESTION_SETS),
     "questions.answers": ("own", "given"),
@@ -238,6 +281,7 @@ _AT_LEAST = {
     "corpus.n_tokens": 1,
     "corpus.context": 2,
     "activations.batch": 1,
+    "activations.replace": 1e-6,
     "sae.n_latents": 1,
     "sae.expansion": 0.01,
     "sae.k": 1,
@@ -247,6 +291,7 @@ _AT_LEAST = {
     "sae.dead_tokens": 1,
     "sae.sparsity_coefficient": 0,
     "sae.threshold": 0,
+    "sae.bandwidth": 1e-9,
     "train.batch": 1,
     "train.epochs": 0.001,
     "train.n_tokens": 1,
@@ -260,8 +305,10 @@ _AT_LEAST = {
     "train.evaluate_tokens": 128,
     "train.delta_ce_tokens": 2,
     "train.checkpoint_every": 1,
+    "train.steps_per_dispatch": 1,
     "mesh.layer": 1,
     "mesh.data": 1,
+    "mesh.latent": 1,
     "questions.n_questions": 1,
     "questions.shots": 0,
     "questions.max_new_tokens": 1,
@@ -419,6 +466,8 @@ def _check(config: RunConfig) -> None:
             raise InputError(f"{name} is {settings[name]}, expected at least {least}")
     if config.train.held_out >= 1:
         raise InputError(f"train.held_out is {config.train.held_out}, expected a share below 1")
+    if config.activations.replace > 1:
+        raise InputError(f"activations.replace is {config.activations.replace}, expected a share of at most 1")
     if config.corpus.context > 4096 or config.corpus.context & (config.corpus.context - 1):
         raise InputError(f"corpus.context is {config.corpus.context}, expected a power of two up to 4096")
     _check_one_of(settings, "sae.n_latents", "sae.expansion")

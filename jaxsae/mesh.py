@@ -1,6 +1,7 @@
-"""Devices: the ("layer", "data") mesh, every PartitionSpec, the start of several processes, and moves on and off.
+"""Devices: the ("layer", "data", "latent") mesh, every PartitionSpec, the start of processes, and moves on and off.
 
-Layers never talk to each other, so nothing is ever communicated along "layer"; rows of a batch are spread along "data".
+Layers never talk to each other, so nothing is ever communicated along "layer"; rows of a batch are spread along "data",
+the latents of an SAE that is too large for one device along "latent".
 """
 
 import os
@@ -17,11 +18,17 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxsae.artifacts import InputError
 
-LAYER, DATA = "layer", "data"
+AnyArray = Array | np.ndarray
+LAYER, DATA, LATENT = "layer", "data", "latent"
 BY_LAYER = P(LAYER)  # parameters, optimizer, counters: [L, ...]
+BY_STEP_AND_LAYER = P(None, LAYER)  # metrics of several steps: [n, L]
 BY_LAYER_AND_DATA = P(LAYER, DATA)  # activations: [L, B, D]
 BY_DATA = P(DATA)  # per-row weights: [B]
 REPLICATED = P()
+
+# Which axis of a suite's arrays, and of its training state's, counts latents; what an architecture learns beside, under
+# "gate", is [L, F].
+_LATENT_AXES = {"W_enc": 2, "b_enc": 1, "W_dec": 1, "threshold": 1, "since_fired": 1}
 
 # The axis, counted from the end, along which each matrix of a language model is split over all devices: the first of
 # attention or MLP along what it puts out, the second along what it takes in, so that a block's only traffic is two sums
@@ -58,8 +65,8 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(n_layers: int, *, layer: int | None = None, data: int = 1) -> Mesh:
-    """Return the ("layer", "data") mesh over the first `layer * data` devices.
+def make_mesh(n_layers: int, *, layer: int | None = None, data: int = 1, latent: int = 1) -> Mesh:
+    """Return the ("layer", "data", "latent") mesh over the first `layer * data * latent` devices.
 
     Args:
         n_layers: layers of the language model; an unset `layer` takes no more devices than that.
@@ -69,16 +76,60 @@ def make_mesh(n_layers: int, *, layer: int | None = None, data: int = 1) -> Mesh
     """
     available = jax.device_count()
     if layer is None:
-        layer = max(1, min(available // data, n_layers))
-    if layer * data > available:
-        raise InputError(f"mesh.layer {layer} x mesh.data {data} needs {layer * data} devices, {available} are here")
-    if jax.process_count() > 1 and layer * data != available:
+        layer = max(1, min(available // (data * latent), n_layers))
+    n_devices = layer * data * latent
+    wanted = f"mesh.layer {layer} x mesh.data {data} x mesh.latent {latent}"
+    if n_devices > available:
+        raise InputError(f"{wanted} needs {n_devices} devices, {available} are here")
+    if jax.process_count() > 1 and n_devices != available:
         raise InputError(
-            f"mesh.layer {layer} x mesh.data {data} uses {layer * data} of {available} devices; with several processes "
-            "every device takes part: set mesh.layer and mesh.data so that their product is the number of devices"
+            f"{wanted} uses {n_devices} of {available} devices; with several processes every device takes part: set "
+            "the three so that their product is the number of devices"
         )
-    devices = np.array(jax.devices()[: layer * data]).reshape(layer, data)
-    return Mesh(devices, (LAYER, DATA), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    devices = np.array(jax.devices()[:n_devices]).reshape(layer, data, latent)
+    return Mesh(devices, (LAYER, DATA, LATENT), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def latent_axis(mesh: Mesh) -> str | None:
+    """Return the mesh axis along which latents are spread, None where each SAE is whole on its device."""
+    return LATENT if mesh.shape[LATENT] > 1 else None
+
+
+def context_spec(mesh: Mesh) -> P:
+    """Return the PartitionSpec of contexts [n, T] that all devices share out, those of a data shard side by side."""
+    axis = latent_axis(mesh)
+    return P((DATA, LAYER) if axis is None else (DATA, axis, LAYER))
+
+
+def latent_spec(mesh: Mesh) -> P:
+    """Return the PartitionSpec of one number a latent, [L, F]."""
+    return P(LAYER, latent_axis(mesh))
+
+
+def layer_specs(tree: Any, mesh: Mesh) -> Any:
+    """Return the PartitionSpecs of a pytree of arrays [L, ...]: by layer, and by latent those that have latents.
+
+    Args:
+        tree: a suite, its weights by name, or its training state; arrays are told apart by their names.
+
+    Raises:
+        InputError: the latents do not divide by the mesh.
+    """
+    axis = latent_axis(mesh)
+
+    def spec(path: tuple, array: Any) -> P:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        place = 1 if "gate" in names else _LATENT_AXES.get(names[-1])
+        if axis is None or place is None:
+            return BY_LAYER
+        if array.shape[place] % mesh.shape[axis]:
+            raise InputError(
+                f"{array.shape[place]} latents do not divide by mesh.latent {mesh.shape[axis]}; change mesh.latent, or "
+                "sae.n_latents or sae.expansion"
+            )
+        return P(LAYER, *[None] * (place - 1), axis)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def padded_layers(n_layers: int, mesh: Mesh) -> int:
@@ -91,18 +142,23 @@ def local_layers(n_layers: int, mesh: Mesh) -> slice:
     """Return the layers whose activations this process must read: never empty, never beyond `n_layers`."""
     per_shard = padded_layers(n_layers, mesh) // mesh.shape[LAYER]
     rows = [
-        row for row, devices in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in devices)
+        row
+        for row, devices in enumerate(mesh.devices)
+        if any(device.process_index == jax.process_index() for device in devices.flat)
     ]
     first, last = min(rows) * per_shard, (max(rows) + 1) * per_shard
     return slice(min(first, n_layers - 1), min(last, n_layers))
 
 
-def put_batch(acts: Float[np.ndarray, "l B D"], layers: slice, n_layers: int, mesh: Mesh) -> Float[Array, "L B D"]:
+def put_batch(acts: Float[AnyArray, "l B D"], layers: slice, n_layers: int, mesh: Mesh) -> Float[Array, "L B D"]:
     """Place this process's layers of a batch on its devices, padding the layer axis with the last layer.
 
     Args:
-        acts: activations of `layers` (as `local_layers` gave them), every row of the global batch.
+        acts: activations of `layers` (as `local_layers` gave them), every row of the global batch; or all layers on the
+            devices already, padded, which are returned as they are.
     """
+    if isinstance(acts, jax.Array):
+        return acts
     sharding = NamedSharding(mesh, BY_LAYER_AND_DATA)
     shape = (padded_layers(n_layers, mesh), *acts.shape[1:])
 
@@ -111,6 +167,18 @@ def put_batch(acts: Float[np.ndarray, "l B D"], layers: slice, n_layers: int, me
         return acts[wanted[0] : wanted[-1] + 1, index[1]] if _is_run(wanted) else acts[wanted][:, index[1]]
 
     return jax.make_array_from_callback(shape, sharding, part)
+
+
+def fetch_batch(acts: Float[AnyArray, "L B D"], layers: slice) -> Float[np.ndarray, "l B D"]:
+    """Return these layers of a batch on the host, the inverse of `put_batch`."""
+    return fetch(acts)[layers] if isinstance(acts, jax.Array) else acts
+
+
+def fill_rows(acts: Float[AnyArray, "L b D"], n_rows: int) -> Float[AnyArray, "L B D"]:
+    """Repeat the last row of a batch until there are `n_rows`, where the batch is: on the host or on the devices."""
+    xp = jnp if isinstance(acts, jax.Array) else np
+    missing = n_rows - acts.shape[1]
+    return xp.concatenate([acts, xp.repeat(acts[:, -1:], missing, axis=1)], axis=1) if missing else acts
 
 
 def _is_run(indices: np.ndarray) -> bool:
@@ -123,9 +191,12 @@ def put_rows(weights: Float[np.ndarray, " B"], mesh: Mesh) -> Float[Array, " B"]
 
 
 def put_layers(tree: Any, mesh: Mesh) -> Any:
-    """Spread arrays `[L, ...]` of a pytree, the same on every process, along the layer axis."""
-    sharding = NamedSharding(mesh, BY_LAYER)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: np.asarray(x)[i]), tree)
+    """Spread arrays `[L, ...]` of a pytree, the same on every process, as `layer_specs` says."""
+
+    def put(array: Any, spec: P) -> Array:
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda i: np.asarray(array)[i])
+
+    return jax.tree.map(put, tree, layer_specs(tree, mesh))
 
 
 def pad_layers(array: Shaped[np.ndarray, "L ..."], mesh: Mesh) -> Shaped[np.ndarray, "..."]:
@@ -150,6 +221,13 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
+
+
+def sum_over_processes(numbers: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Return the sum of the arrays that the processes hold, the same on all of them; floats are rounded to float32."""
+    if jax.process_count() == 1:
+        return numbers
+    return np.asarray(multihost_utils.process_allgather(numbers)).sum(axis=0)
 
 
 def layer_sharding(mesh: Mesh) -> NamedSharding:

@@ -63,8 +63,8 @@ WRONG = {
     "wrong type": (["train", DEMO, "--workdir=w", "--config.train.batch=x"], r"--config\.train\.batch=x: .*'x'"),
     "wrong value": (["train", DEMO, "--workdir=w", "--config.train.batch=0"], "train.batch is 0, expected at least 1"),
     "wrong choice": (
-        ["train", DEMO, "--workdir=w", "--config.sae.architecture=relu"],
-        "sae.architecture is 'relu', expected one of topk, batchtopk, jumprelu_l1",
+        ["train", DEMO, "--workdir=w", "--config.sae.architecture=lista"],
+        "sae.architecture is 'lista', expected one of topk, batchtopk, .*jumprelu_l1",
     ),
     "wrong verbosity": (["train", DEMO, "--workdir=w", "--verbosity=loud"], "--verbosity=loud"),
     "file not there": (
@@ -75,6 +75,20 @@ WRONG = {
         ["run", DEMO, "--workdir=w", "--config.model.path=package://nope/x"],
         "package://nope/x: .*no package 'nope' is installed",
     ),
+    "import of nothing": (["import", "--model=m", "--workdir=w"], "import takes one SRC, the SAEs' folder; got none"),
+    "import of two": (["import", "a", "b", "--model=m", "--workdir=w"], "import takes one SRC.*; got a b"),
+    "import for no model": (["import", "a", "--workdir=w"], "--model is missing; jaxsae import --help says"),
+    "import to nowhere": (["import", "a", "--model=m"], "--workdir is missing; jaxsae import --help says"),
+    "import in an unknown layout": (
+        ["import", "a", "--model=m", "--workdir=w", "--format=torch"],
+        "--format=torch: value should be one of <saelens|sparsify|dictionary_learning|openai|gemma_scope>",
+    ),
+    "import of a negative layer": (["import", "a", "--model=m", "--workdir=w", "--layer=-1"], "--layer=-1: "),
+    "import with a config": (["import", "a", DEMO, "--model=m", "--workdir=w"], "Unknown command line flag 'config'"),
+    "import from nowhere": (["import", "a", "--model=m", "--workdir=w"], "a does not exist; give a folder with SAEs"),
+    "export to nowhere": (["export", "--workdir=w"], "--out is missing; jaxsae export --help says"),
+    "export of what": (["export", "saes", "--workdir=w", "--out=o"], "export takes flags alone; got saes"),
+    "export of no run": (["export", "--workdir=w", "--out=o"], r"w/saes/suite\.json is missing; run jaxsae train"),
     "earlier stage not run": (
         ["train", DEMO, "--workdir=w"],
         r"w/activations/meta\.json is missing: run jaxsae extract",
@@ -98,13 +112,14 @@ def test_wrong_config_file__ends_in_one_line(fails, tmp_path_factory):
 def test_help__lists_the_stages_in_order(arguments, capsys):
     assert cli.run(["jaxsae", *arguments]) == 0
     said = capsys.readouterr().out
-    places = [re.search(rf"^  {name} +\w", said, flags=re.MULTILINE).start() for name in ("run", *STAGES)]
+    names = ("run", *STAGES, "plan", "export", "import")
+    places = [re.search(rf"^  {name} +\w", said, flags=re.MULTILINE).start() for name in names]
     assert places == sorted(places)
     for flag in ("--config=FILE", "--workdir=DIR", "--dry-run", "--redo"):
         assert flag in said
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", ["run", *STAGES, "plan"])
 def test_help__of_a_command_names_its_settings(command, capsys):
     assert cli.run(["jaxsae", command, "--help"]) == 0
     said = capsys.readouterr().out
@@ -116,8 +131,19 @@ def test_help__of_a_command_names_its_settings(command, capsys):
     assert ("seed (0)" in said) == (is_whole or "seed" in STAGES[command].settings or command == "extract")
 
 
-def test_commands__are_run_the_stages_and_plan():
-    assert list(cli.COMMANDS) == ["run", *STAGES, "plan"]
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [("export", ["workdir", "out", "format"]), ("import", ["model", "dtype", "workdir", "format", "layer"])],
+)
+def test_help__of_exchange_names_its_flags(command, flags, capsys):
+    assert cli.run(["jaxsae", command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"jaxsae {command}: {cli.COMMANDS[command]}\n")
+    assert re.findall(r"^  --(\w+)=", said, flags=re.MULTILINE) == flags
+
+
+def test_commands__are_run_the_stages_plan_and_exchange():
+    assert list(cli.COMMANDS) == ["run", *STAGES, "plan", "export", "import"]
 
 
 def test_help__answers_within_a_second_and_loads_nothing_heavy():

@@ -111,6 +111,7 @@ def test_override__changes_one_field_and_leaves_the_others():
 def test_override__reads_a_tuple():
     resolved = parse("--config.features.positions=('last_answer','answer_tokens')")
     assert resolved.features.positions == ("last_answer", "answer_tokens")
+    assert parse("--config.sae.groups=(8,64,512)").sae.groups == (8, 64, 512)
 
 
 def test_override__none_unsets_a_field():
@@ -262,6 +263,7 @@ def test_select__takes_whole_sections_and_single_fields():
         "tracking.top_k": 9,
         "mesh.layer": None,
         "mesh.data": 1,
+        "mesh.latent": 1,
         "seed": 0,
     }
     assert resolved.select("train.batch") == {"train.batch": 4096}  # and not train.batch_of_something

@@ -26,22 +26,24 @@ LIMIT = 120  # seconds a run of two processes may take on a loaded machine
 
 
 def test_make_mesh__takes_no_more_devices_than_layers_unless_told():
-    assert dict(meshes.make_mesh(5).shape) == {"layer": 5, "data": 1}
-    assert dict(meshes.make_mesh(24).shape) == {"layer": 8, "data": 1}
-    assert dict(meshes.make_mesh(24, data=3).shape) == {"layer": 2, "data": 3}
-    assert dict(meshes.make_mesh(1, layer=2, data=4).shape) == {"layer": 2, "data": 4}
+    assert dict(meshes.make_mesh(5).shape) == {"layer": 5, "data": 1, "latent": 1}
+    assert dict(meshes.make_mesh(24).shape) == {"layer": 8, "data": 1, "latent": 1}
+    assert dict(meshes.make_mesh(24, data=3).shape) == {"layer": 2, "data": 3, "latent": 1}
+    assert dict(meshes.make_mesh(24, data=2, latent=2).shape) == {"layer": 2, "data": 2, "latent": 2}
+    assert dict(meshes.make_mesh(1, layer=2, data=4).shape) == {"layer": 2, "data": 4, "latent": 1}
 
 
 def test_make_mesh__of_more_devices_than_there_are__says_how_many():
-    with pytest.raises(InputError, match=r"mesh.layer 4 x mesh.data 3 needs 12 devices, 8 are here"):
+    with pytest.raises(InputError, match=r"mesh.layer 4 x mesh.data 3 x mesh.latent 1 needs 12 devices, 8 are here"):
         meshes.make_mesh(5, layer=4, data=3)
-    with pytest.raises(InputError, match=r"mesh.layer 1 x mesh.data 9 needs 9 devices, 8 are here"):
-        meshes.make_mesh(5, data=9)
+    with pytest.raises(InputError, match=r"mesh.layer 1 x mesh.data 3 x mesh.latent 3 needs 9 devices, 8 are here"):
+        meshes.make_mesh(5, data=3, latent=3)
 
 
 def test_make_mesh__of_several_processes__leaves_no_device_idle(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match=r"mesh.layer 3 x mesh.data 1 uses 3 of 8 devices; with several processes"):
+    message = r"mesh.layer 3 x mesh.data 1 x mesh.latent 1 uses 3 of 8 devices; with several processes"
+    with pytest.raises(InputError, match=message):
         meshes.make_mesh(3)
 
 
@@ -75,9 +77,12 @@ def test_start_processes__takes_the_variables_or_the_clusters_own(monkeypatch):
 
 
 def fake_mesh(owners):
-    """Return a mesh whose devices belong to the given processes [layer, data]; this one is process 0."""
-    devices = np.array([[SimpleNamespace(process_index=owner) for owner in row] for row in owners])
-    return mock.Mock(spec=Mesh, devices=devices, shape={"layer": len(owners), "data": len(owners[0])})
+    """Return a mesh whose devices belong to the given processes [layer, data, latent]; this one is process 0."""
+    owners = np.asarray(owners).reshape(len(owners), len(owners[0]), -1)
+    devices = np.vectorize(lambda owner: SimpleNamespace(process_index=owner), otypes=[object])(owners)
+    return mock.Mock(
+        spec=Mesh, devices=devices, shape=dict(zip(("layer", "data", "latent"), owners.shape, strict=True))
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,6 +93,7 @@ def fake_mesh(owners):
         ([[1], [1], [1], [0]], 5, (4, 5)),  # only padding is left: the last layer, to repeat
         ([[0, 1]], 3, (0, 3)),
         ([[0], [1], [0]], 3, (0, 3)),
+        ([[[1, 0]], [[1, 1]]], 4, (0, 2)),
     ],
 )
 def test_local_layers__are_those_of_this_processs_rows(owners, n_layers, expected):
@@ -116,6 +122,20 @@ def test_put_rows_and_layers__spread_along_their_own_axis():
     fetched = meshes.fetch(tree)
     np.testing.assert_array_equal(fetched["a"], np.arange(12).reshape(4, 3))
     assert all(isinstance(x, np.ndarray) for x in fetched.values())
+
+
+def test_put_layers__spreads_what_has_latents_along_the_latent_axis_too():
+    mesh = meshes.make_mesh(4, layer=2, data=2, latent=2)
+    shapes = {
+        "W_enc": ((4, 3, 6), (2, 3, 3)), "b_enc": ((4, 6), (2, 3)), "W_dec": ((4, 6, 3), (2, 3, 3)),
+        "b_dec": ((4, 6), (2, 6)), "since_fired": ((4, 6), (2, 3)), "mean": ((4, 6), (2, 6)), "scale": ((4,), (2,)),
+    }  # fmt: skip
+    arrays = {name: np.arange(np.prod(shape)).reshape(shape) for name, (shape, _) in shapes.items()}
+    tree = meshes.put_layers({"best": [arrays], "gate": {"any name": np.zeros((4, 6))}}, mesh)
+    for name, (shape, expected) in shapes.items():
+        assert tree["best"][0][name].sharding.shard_shape(shape) == expected, name
+        np.testing.assert_array_equal(tree["best"][0][name], arrays[name])
+    assert tree["gate"]["any name"].sharding.shard_shape((4, 6)) == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +217,16 @@ def assert_close(found, expected):
 
 
 @pytest.mark.timeout(2 * LIMIT)
-@pytest.mark.parametrize(("layer", "data", "layers"), [(2, 1, [[0, 2], [2, 3]]), (1, 2, [[0, 3], [0, 3]])])
-def test_train__in_two_processes__equals_one(tmp_path, layer, data, layers):
-    one, two, options = tmp_path / "one", tmp_path / "two", {"layer": layer, "data": data, "total": 8}
+@pytest.mark.parametrize(
+    ("axes", "layers"),
+    [
+        ({"layer": 2}, [[0, 2], [2, 3]]),
+        ({"data": 2}, [[0, 3], [0, 3]]),
+        ({"latent": 2, "architecture": "topk", "n_latents": 14}, [[0, 3], [0, 3]]),
+    ],
+)
+def test_train__in_two_processes__equals_one(tmp_path, axes, layers):
+    one, two, options = tmp_path / "one", tmp_path / "two", axes | {"total": 8}
     processes = start_two(two, options)
     tiny_run["main"](one, **options)
     finish(processes)

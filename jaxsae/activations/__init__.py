@@ -1,8 +1,8 @@
-"""Residual streams of every layer, on disk: from a language model and token contexts to batches of training rows.
+"""Residual streams of every layer, on disk or live: from a language model and token contexts to training rows.
 
-In comes a language model (anything that offers `ResidualModel`) and packed contexts of token ids; `extract` writes them
-to a store, `StoreSource` reads shuffled batches of all layers back. Reading text, running the model and training on
-the rows are other folders' work.
+In comes a language model and packed contexts of token ids. Either `extract` writes the rows of all layers to a store
+and `StoreSource` reads shuffled batches back, or `StreamSource` computes them when they are needed, on the devices.
+Reading text, the model itself and training on the rows are other folders' work.
 """
 
 from jaxsae.activations.extract import ResidualModel, extract
@@ -15,15 +15,19 @@ from jaxsae.activations.store import (
     open,
     required_bytes,
 )
+from jaxsae.activations.stream import StreamSizes, StreamSource, size_stream
 
 __all__ = [
     "ResidualModel",
     "Store",
     "StoreMeta",
     "StoreSource",
+    "StreamSizes",
+    "StreamSource",
     "check_disk",
     "create",
     "extract",
     "open",
     "required_bytes",
+    "size_stream",
 ]

@@ -26,6 +26,11 @@ def dropped_rows(
     return drop if bos_id is None else drop | (token_ids == bos_id)
 
 
+def count_held_out(n_contexts: int, share: int | float) -> int:
+    """Return how many contexts, from the end, are never trained on: at least one, unless the share is 0."""
+    return max(1, round(share * n_contexts)) if share > 0 else 0
+
+
 class StoreSource:
     """Shuffled batches of training rows of a complete store; batch and epoch number are the whole state.
 
@@ -78,7 +83,7 @@ class StoreSource:
         _check_source(meta, batch, seed, held_out, buffer_tokens, len(drop))
         chosen = contiguous(layers, meta.n_layers)
         n_contexts = meta.n_tokens // meta.context
-        n_held_out = max(1, round(held_out * n_contexts)) if held_out > 0 else 0
+        n_held_out = count_held_out(n_contexts, held_out)
         if n_held_out >= n_contexts:
             raise InputError(
                 f"a held-out share of {held_out} leaves no training context of the {n_contexts} of {store.dir}; lower "

@@ -7,6 +7,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
+
 from jaxsae import activations, models
 from jaxsae.activations import store as stores
 from jaxsae.pipeline.rates import SHARES, Rates
@@ -99,21 +101,67 @@ def _extract(job: Job) -> Need:
 
 
 def _train(job: Job) -> Need:
+    """Train from the store: batches are gathered on the host."""
     settings, recipe, shape = job.config.train, job.recipe, job.shape
-    checkpoint = _checkpoint_bytes(job)
-    n_evaluations = math.ceil(recipe.total_steps / settings.evaluate_every) + 1  # the best SAEs once more, at the end
-    n_checkpoints = math.ceil(recipe.total_steps / settings.checkpoint_every)
     batch_bytes = 2 * shape.n_layers * settings.batch * shape.d_model
     reading = Work(moved_bytes=4 * recipe.total_steps * batch_bytes, disk_bytes=0.5 * recipe.total_steps * batch_bytes)
-    saving = Work(disk_bytes=n_checkpoints * checkpoint, fixed_seconds=0.3 * n_checkpoints)
-    once = _scale(_train_step(job), recipe.total_steps) + _scale(_evaluation(job), n_evaluations)
+    checkpoint = _checkpoint_bytes(job)
     return Need(
         "train",
-        once + reading + saving + _pca(job) + _delta_ce(job) + _model_load(shape) + Work(fixed_seconds=8.0),
+        _training(job, checkpoint) + reading + _model_load(shape),
         host_bytes=_STARTED_BYTES + max(_reading_bytes(job), _sampling_bytes(job)),
         device_bytes=max(_train_device_bytes(job), _delta_ce_device_bytes(job)),
         disk_bytes=3 * checkpoint,  # two are kept, while a third is written
     )
+
+
+def _train_streaming(job: Job) -> Need:
+    """Train on what the language model computes meanwhile; a checkpoint has the buffer in it."""
+    shape, stream = job.shape, _stream(job)
+    width = (shape.n_layers, shape.d_model)
+    checkpoint = _checkpoint_bytes(job) + stream.buffer_bytes(*width) * stream.layer_shards * stream.data_shards
+    rows, context = stream.pass_contexts, job.config.corpus.context
+    buffer = stream.buffer_bytes(*width) + stream.pass_bytes(*width, context)
+    return Need(
+        "train",
+        _training(job, checkpoint) + forward_work(job) + _model_load(shape),
+        host_bytes=_STARTED_BYTES + _sampling_bytes(job) + 50 * job.n_tokens,
+        device_bytes=shape.n_bytes
+        + max(
+            _train_device_bytes(job) + buffer + _forward_bytes(job, rows, context, keeps=False),
+            _delta_ce_device_bytes(job),
+        ),
+        disk_bytes=3 * checkpoint,
+    )
+
+
+def _stream(job: Job) -> activations.StreamSizes:
+    assert job.stream is not None, "a job that streams has a buffer"
+    return job.stream
+
+
+def forward_work(job: Job) -> Work:
+    """Return one device's part in the language model's forward passes of a streaming run: refills, held-out rows."""
+    stream, settings, context = _stream(job), job.config.train, job.config.corpus.context
+    n_refills = math.ceil(job.recipe.total_tokens / stream.refill_rows) + stream.buffer_rows / stream.refill_rows
+    n_other = _n_evaluations(job) * settings.evaluate_tokens + 4 * (INIT_ROWS + PCA_ROWS)
+    n_tokens = (n_refills * stream.refill_contexts * context + n_other) / job.n_devices
+    written = 2 * job.shape.n_layers * job.shape.d_model * n_tokens
+    flops, moved = job.shape.forward_flops(n_tokens, context), job.shape.forward_moved(n_tokens, context)
+    return Work(model_flops=flops, moved_bytes=moved + 5 * written, fixed_seconds=5e-6 * job.n_tokens)
+
+
+def _n_evaluations(job: Job) -> int:
+    """Return how often held-out rows are gone through: each evaluation, and the best SAEs once more at the end."""
+    return math.ceil(job.recipe.total_steps / job.config.train.evaluate_every) + 1
+
+
+def _training(job: Job, checkpoint: Number) -> Work:
+    """All steps, evaluations and checkpoints, and what is measured at the end."""
+    n_checkpoints = math.ceil(job.recipe.total_steps / job.config.train.checkpoint_every)
+    saving = Work(disk_bytes=n_checkpoints * checkpoint, fixed_seconds=0.3 * n_checkpoints)
+    steps = _scale(_train_step(job), job.recipe.total_steps) + _scale(_evaluation(job), _n_evaluations(job))
+    return steps + saving + _pca(job) + _delta_ce(job) + Work(fixed_seconds=8.0)
 
 
 def _scale(work: Work, times: Number) -> Work:
@@ -121,23 +169,29 @@ def _scale(work: Work, times: Number) -> Work:
 
 
 def _train_step(job: Job) -> Work:
-    """One step on the device with the most layers: five dense products, the ranking, and Adam."""
-    n_latents, n_layers, rows = job.recipe.n_latents, job.layers_per_device, job.rows_per_device
-    pre = n_layers * rows * n_latents
+    """One step on the device with the most layers: its products, the ranking, and Adam.
+
+    Dense products are five of all latents; by kept latents one is left, and the others read or add the k rows of
+    weights of each row of the batch: two reads and two additions, which read and write.
+    """
+    n_layers, rows, k = job.layers_per_device, job.rows_per_device, job.recipe.sae.k
+    pre, width = n_layers * rows * job.latents_per_device, job.shape.d_model
     ranks = architecture(job.recipe.sae.architecture).imposes_k
+    products = 2 if job.recipe.is_sparse else 10
+    touched = 6 * n_layers * rows * k * width if job.recipe.is_sparse else 12 * pre
     return Work(
-        sae_flops=10 * pre * job.shape.d_model,
-        moved_bytes=4 * (20 * pre + 8 * n_layers * rows * job.shape.d_model + 14 * n_layers * job.sae_parameters),
-        ranked=pre + 15 * n_layers * rows * job.recipe.sae.k if ranks else 0,  # a kept number is scattered back
+        sae_flops=products * pre * width,
+        moved_bytes=4 * (8 * pre + touched + 8 * n_layers * rows * width + 14 * n_layers * job.sae_parameters),
+        ranked=pre + 15 * n_layers * rows * k if ranks else 0,  # a kept number is scattered back
         fixed_seconds=1e-2,
     )
 
 
 def _evaluation(job: Job) -> Work:
     """One evaluation on held-out rows: encode and decode."""
-    settings, recipe = job.config.train, job.recipe
+    settings = job.config.train
     rows = max(1, settings.evaluate_tokens // settings.batch) * job.rows_per_device
-    pre = job.layers_per_device * rows * recipe.n_latents
+    pre = job.layers_per_device * rows * job.latents_per_device
     return Work(sae_flops=4 * pre * job.shape.d_model, moved_bytes=4 * 8 * pre, ranked=pre, fixed_seconds=0.05)
 
 
@@ -171,20 +225,21 @@ def _delta_ce_device_bytes(job: Job) -> Number:
     shape, context = job.shape, job.config.corpus.context
     rows = min(job.config.activations.batch, _delta_ce_contexts(job))
     logits = 4 * rows * context * shape.n_vocab
-    suite = 4 * shape.n_layers * job.sae_parameters
+    suite = 4 * shape.n_layers * _parameters(job)
     return shape.n_bytes + suite + 6 * logits + _forward_bytes(job, rows, context, keeps=True)
 
 
 def _train_device_bytes(job: Job) -> Number:
-    """The state (weights, Adam's two moments, the best weights) and what a step keeps beside it.
+    """The state (weights, Adam's two moments, the best weights), the gradients, and what the layers' losses keep.
 
-    The step's own part, weights + 5.5 [L B F] + 4 [L B D] in float32, is what XLA allots on a CPU for TopK, within a
-    fifth for BatchTopK.
+    A loss's part, 5.5 [B F] + 4 [B D] in float32, is what XLA allots on a CPU for TopK, within a fifth for BatchTopK. A
+    CPU computes one layer at a time, an accelerator as many as 4 GiB of features hold.
     """
     n_layers, rows, width = job.layers_per_device, job.rows_per_device, job.shape.d_model
-    step = n_layers * (job.sae_parameters + rows * (5.5 * job.recipe.n_latents + 4 * width))
-    state = n_layers * (4 * job.sae_parameters + 3 * job.recipe.n_latents + 3 * width)
-    return 4 * (state + step) + 2 * n_layers * rows * width
+    loss = rows * (5.5 * job.latents_per_device + 4 * width)
+    losses = loss if jax.default_backend() == "cpu" else min(n_layers * loss, max(loss, 2**30 * 5.5))
+    state = n_layers * (4 * job.sae_parameters + 3 * job.latents_per_device + 3 * width)
+    return 4 * (state + n_layers * job.sae_parameters + losses) + 2 * n_layers * rows * width
 
 
 def _reading_bytes(job: Job) -> Number:
@@ -201,9 +256,14 @@ def _sampling_bytes(job: Job) -> Number:
 def _checkpoint_bytes(job: Job) -> int:
     """Return a checkpoint's bytes: `best` and `last` weights, Adam's two moments, counters; all float32."""
     n_latents, width = job.recipe.n_latents, job.shape.d_model
-    weights = job.sae_parameters + n_latents + 1  # threshold and scale
+    weights = _parameters(job) + n_latents + 1  # threshold and scale
     counters = n_latents + width + 6
-    return 4 * job.shape.n_layers * (2 * weights + 2 * job.sae_parameters + counters)
+    return 4 * job.shape.n_layers * (2 * weights + 2 * _parameters(job) + counters)
+
+
+def _parameters(job: Job) -> int:
+    """Return the numbers in one layer's whole SAE."""
+    return 2 * job.shape.d_model * job.recipe.n_latents + job.recipe.n_latents + job.shape.d_model
 
 
 def _answer(job: Job) -> Need:
@@ -244,7 +304,7 @@ def _track(job: Job) -> Need:
         disk_bytes=resid + kept,
         fixed_seconds=matched * (4e-5 + 6e-11 * k**2 * shape.d_model + 5e-8 * k**2) + 2.0,
     )
-    suite = 4 * shape.n_layers * job.sae_parameters
+    suite = 4 * shape.n_layers * _parameters(job)
     stream = 4 * shape.n_layers * batch * length * shape.d_model
     encoded = 4 * batch * (1 + job.answer_tokens) * (5 * n_latents + 3 * shape.d_model)
     return Need(
@@ -285,4 +345,5 @@ def _evaluate(job: Job) -> Need:
 # The stages of each `activations.source`.
 SOURCES: dict[str, tuple[Callable[[Job], Need], ...]] = {
     "store": (_extract, _train, _answer, _track, _detect, _evaluate),
+    "stream": (_train_streaming, _answer, _track, _detect, _evaluate),
 }

@@ -13,7 +13,7 @@ import numpy as np
 from jaxsae import artifacts, report, tracking
 from jaxsae.artifacts import Answer, InputError
 from jaxsae.config import RunConfig
-from jaxsae.pipeline.stages import STAGES, Context, read_record, tree_bytes
+from jaxsae.pipeline.stages import Context, read_record, stages_of, tree_bytes
 from jaxsae.progress import read_metrics
 
 GIVEN_ANSWERS = (
@@ -65,10 +65,15 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
             "tokens": about["total_tokens"],
             "steps": about["total_steps"],
             "batch": about["batch"],
+            "dead_tokens": about["dead_tokens"],
         },
-        phases=phases(workdir),
+        phases=phases(config, workdir),
         sae=evaluation["rows"],
-        history=history(workdir, about["batch"]),
+        held_out_tokens=evaluation["held_out_tokens"],
+        # SAEs that an older version measured have neither; the report then says that they are not available.
+        density=evaluation.get("density", {}),
+        crowding_random=evaluation.get("crowding_random"),
+        history=history(workdir, about["batch"] or 0),  # imported SAEs have no batch, and no log of it
         detection=metrics["detection"],
         canary=metrics["canary"],
         by_category=metrics["by_category"],
@@ -85,7 +90,7 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
         examples=examples(workdir, answers, probabilities[method][1] if method in probabilities else None),
         disk_bytes={
             name: tree_bytes(workdir / name)
-            for stage in STAGES.values()
+            for stage in stages_of(config).values()
             for name in stage.clears
             if (workdir / name).exists() and stage.name != "evaluate"
         },
@@ -130,10 +135,10 @@ def read_predictions(path: Path, *, column: str) -> dict[str, tuple[np.ndarray, 
     }
 
 
-def phases(workdir: Path) -> list[dict[str, Any]]:
+def phases(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
     """Return a row per stage: its status, seconds, memory and bytes on disk, from the records."""
     rows = []
-    for name, stage in STAGES.items():
+    for name, stage in stages_of(config).items():
         if name == "evaluate":
             continue
         record = read_record(workdir, stage)

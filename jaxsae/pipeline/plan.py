@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from jaxsae.config import RunConfig
-from jaxsae.pipeline.costs import Need, Work, needs
+from jaxsae.pipeline.costs import Need, Work, forward_work, needs
 from jaxsae.pipeline.rates import SHARES, Rates, measure_rates
 from jaxsae.pipeline.sizes import Job, Number, make_job, read_shape
 from jaxsae.progress import human_bytes, human_seconds
@@ -100,6 +100,7 @@ def describe(job: Job, stages: list[Need], rates: Rates, limits: Limits) -> list
         "",
         *_table(("stage", "time", "TFLOP a device", "host memory", "memory of a device", "disk"), rows),
         "",
+        *_share_of_forward(job, stages, rates),
         *_assumptions(rates),
         *_misfits(job, stages, limits),
     ]
@@ -129,6 +130,18 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
         yield "  " + "  ".join((first, *rest))
 
 
+def _share_of_forward(job: Job, stages: list[Need], rates: Rates) -> Iterator[str]:
+    """Say which share of a streaming run's training the language model takes."""
+    if job.stream is None:
+        return
+    train = next(need for need in stages if need.stage == "train")
+    share = forward_work(job).seconds(rates) / train.work.seconds(rates)
+    yield (
+        f"of train, {share:.0%} are the language model's forward passes: {job.stream.refill_contexts:,} contexts for "
+        f"every {job.stream.refill_rows:,} rows, through a buffer of {job.stream.buffer_rows:,}"
+    )
+
+
 def _assumptions(rates: Rates) -> Iterator[str]:
     counted = {name: f"of which {share:.0%} counts" for name, share in SHARES.items()}
     yield (
@@ -140,7 +153,10 @@ def _assumptions(rates: Rates) -> Iterator[str]:
     yield f"  top-k                     {rates.ranked / 1e6:,.0f} million numbers/s, {counted['ranked']}"
     yield f"  memory                    {rates.moved / 1e9:,.1f} GB/s, {counted['moved']}"
     yield f"  disk                      {rates.disk / 1e9:,.2f} GB/s, {counted['disk']}"
-    yield "The language model runs on one device, the SAEs' layers on all; each is taken to be like the one here."
+    yield (
+        "The language model runs on one device (while streaming on all), the SAEs' layers on all; each is taken to be "
+        "like the one here."
+    )
 
 
 def _misfits(job: Job, stages: list[Need], limits: Limits) -> Iterator[str]:
@@ -149,7 +165,7 @@ def _misfits(job: Job, stages: list[Need], limits: Limits) -> Iterator[str]:
     if disk > limits.disk:
         yield (
             f"does not fit: {human_bytes(disk)} of disk are needed, {human_bytes(limits.disk)} are free; lower "
-            "corpus.n_tokens, or use a --workdir on another disk"
+            "corpus.n_tokens, set activations.source=stream, or use a --workdir on another disk"
         )
     for need in stages:
         host, device = _memory(need, limits)

@@ -8,7 +8,7 @@ from absl import logging
 from jaxsae.artifacts import InputError
 from jaxsae.config import RunConfig
 from jaxsae.pipeline import stages
-from jaxsae.pipeline.stages import STAGES, Context, Stage, StopSignal
+from jaxsae.pipeline.stages import Context, Stage, StopSignal
 
 
 def execute(
@@ -20,7 +20,7 @@ def execute(
         InputError: bad input; earlier results are untouched.
         Interruption: a signal; the same command goes on.
     """
-    chosen = _chosen(command)
+    chosen = _chosen(command, config)
     _check_sources(chosen, config)
     stop = StopSignal()
     process_index, process_count = _processes(chosen)
@@ -39,7 +39,7 @@ def plan(command: str, config: RunConfig, workdir: Path, *, redo: bool = False) 
     """Return one line for each stage: would run, is up to date, or what it lacks."""
     lines = []
     running: list[Stage] = []
-    for stage in _chosen(command):
+    for stage in _chosen(command, config):
         will_exist = {file for other in running for file in other.writes}
         missing = [phrase for phrase in stages.missing_inputs(stage, workdir) if phrase.split()[0] not in will_exist]
         try:
@@ -70,8 +70,11 @@ def _plan_of(stage: Stage, config: RunConfig, workdir: Path, missing: list[str],
     return f"would run{f' again: {why[0]}' if why else ''}"
 
 
-def _chosen(command: str) -> list[Stage]:
-    return list(STAGES.values()) if command == "run" else [STAGES[command]]
+def _chosen(command: str, config: RunConfig) -> list[Stage]:
+    known = stages.stages_of(config)
+    if command != "run" and command not in known:
+        raise InputError(f"activations.source is stream: nothing to {command}, jaxsae train reads the corpus itself")
+    return list(known.values()) if command == "run" else [known[command]]
 
 
 def _check_sources(chosen: list[Stage], config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsae import data, sae
+from jaxsae import activations, data, sae
 from jaxsae.artifacts import InputError, resolve_path
 from jaxsae.config import CorpusConfig, ModelConfig, QuestionsConfig, RunConfig
 from jaxsae.models import checkpoints, decoder, families, published, tokenizer
@@ -84,7 +84,8 @@ class Job:
     Attributes:
         n_tokens: of the corpus, whole contexts.
         prompt_tokens: of a question's prompt, on average.
-        layers_per_device, rows_per_device: of the SAEs and of a batch.
+        layers_per_device, latents_per_device, rows_per_device: of the SAEs and of a batch.
+        stream: of the shuffle buffer, where activations are streamed.
         notes: what was assumed, one sentence each.
     """
 
@@ -96,13 +97,15 @@ class Job:
     prompt_tokens: Number
     n_devices: int
     layers_per_device: int
+    latents_per_device: int
     rows_per_device: int
+    stream: activations.StreamSizes | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def sae_parameters(self) -> int:
-        """Return the numbers in one layer's SAE."""
-        d_model, n_latents = self.shape.d_model, self.recipe.n_latents
+        """Return the numbers in one layer's SAE, of which a device has its latents' share."""
+        d_model, n_latents = self.shape.d_model, self.latents_per_device
         return 2 * d_model * n_latents + n_latents + d_model
 
     @property
@@ -224,20 +227,35 @@ def make_job(config: RunConfig, shape: Shape, *, devices: int) -> Job:
     n_tokens, said = _count_tokens(config.corpus, chars_per_token)
     n_contexts = n_tokens // context
     n_held_out = max(1, round(config.train.held_out * n_contexts))
+    n_train = (n_contexts - n_held_out) * (context - 1)
     recipe = sae.make_recipe(
         config.sae,
         config.train,
         n_layers=shape.n_layers,
         d_model=shape.d_model,
-        batches_per_epoch=(n_contexts - n_held_out) * (context - 1) // config.train.batch,
+        batches_per_epoch=n_train // config.train.batch,
     )
     n_questions, prompt_tokens, asked = _count_questions(config.questions, shape.tokenizer, chars_per_token)
-    on_data = config.mesh.data
-    on_layer = config.mesh.layer or max(1, min(devices // on_data, shape.n_layers))
-    if on_layer * on_data > devices:
+    on_data, on_latent = config.mesh.data, config.mesh.latent
+    on_layer = config.mesh.layer or max(1, min(devices // (on_data * on_latent), shape.n_layers))
+    n_devices = on_layer * on_data * on_latent
+    if n_devices > devices:
         raise InputError(
-            f"mesh.layer {on_layer} x mesh.data {on_data} takes {on_layer * on_data} devices, the plan has {devices}; "
-            f"set --devices={on_layer * on_data}"
+            f"mesh.layer {on_layer} x mesh.data {on_data} x mesh.latent {on_latent} takes {n_devices} devices, the "
+            f"plan has {devices}; set --devices={n_devices}"
+        )
+    stream = None
+    if config.activations.source == "stream":
+        stream = activations.size_stream(
+            n_train_tokens=n_train,
+            rows_per_context=context - 1,
+            batch=config.train.batch,
+            buffer_tokens=config.train.buffer_tokens,
+            replace=config.activations.replace,
+            forward_batch=config.activations.batch,
+            layer_shards=on_layer,
+            data_shards=on_data,
+            latent_shards=on_latent,
         )
     return Job(
         shape=shape,
@@ -246,9 +264,11 @@ def make_job(config: RunConfig, shape: Shape, *, devices: int) -> Job:
         n_tokens=n_contexts * context,
         n_questions=n_questions,
         prompt_tokens=prompt_tokens,
-        n_devices=on_layer * on_data,
+        n_devices=n_devices,
         layers_per_device=math.ceil(shape.n_layers / on_layer),
+        latents_per_device=math.ceil(recipe.n_latents / on_latent),
         rows_per_device=math.ceil(config.train.batch / on_data),
+        stream=stream,
         notes=tuple(note for note in (said, asked) if note),
     )
 

@@ -78,7 +78,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="train",
             summary="train one sparse autoencoder per layer, all at once; measure them on held-out tokens",
-            settings=("sae", "train", "mesh.data", "seed"),
+            settings=("sae", "train", "mesh.data", "mesh.latent", "seed"),
             sources=("model",),
             reads={"activations/meta.json": "extract"},
             writes=("saes/suite.json", "saes/evaluation.json"),
@@ -139,6 +139,20 @@ STAGES: dict[str, Stage] = {
         ),
     )
 }
+
+
+def stages_of(config: RunConfig) -> dict[str, Stage]:
+    """Return the stages of a run in order: where activations are streamed, training itself reads model and corpus."""
+    if config.activations.source == "store":
+        return STAGES
+    train = STAGES["train"]
+    streaming = dataclasses.replace(
+        train,
+        settings=(*train.settings, "model", "corpus", "activations"),
+        sources=(*train.sources, "corpus"),
+        reads={},
+    )
+    return {name: streaming if stage is train else stage for name, stage in STAGES.items() if name != "extract"}
 
 
 class Interruption(BaseException):

@@ -11,6 +11,7 @@ import functools
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.colors
@@ -23,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 from sklearn.metrics import roc_curve
 
 from jaxsae.report.tables import QUALITY_BANDS, ReportInputs, Row, by_auroc, clip, interval, known, number
@@ -55,6 +56,7 @@ N_RESAMPLES = 300  # for drawing a band; the tables' intervals come from the det
 CURVE_POINTS = 200  # points kept of a training curve, more than its pixels can show
 MAX_TRACKS = 30  # lanes that can be told apart on a page
 CALIBRATION_BINS = 10
+RIDGE_OVERLAP = 1.6  # how far the highest histogram reaches into the ones above it, in layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ def draw(inputs: ReportInputs) -> dict[str, Chart]:
     """Draw every figure the inputs allow, by name; one whose numbers are not there is left out."""
     painters: dict[str, Callable[[], tuple[Figure, str, str] | None]] = {
         "sae_layers": lambda: sae_layers(inputs),
+        "sae_density": lambda: density_ridges(inputs),
+        "sae_crowding": lambda: crowding(inputs),
         "training": lambda: training_curves(inputs),
         "auroc": lambda: auroc_forest(inputs),
         "roc": lambda: roc(inputs),
@@ -161,6 +165,79 @@ def _band_lines(axes: Axes) -> None:
             axes.axhline(limit, color=REST, linestyle=":", linewidth=1)
             edge = axes.get_yaxis_transform()
             axes.text(1.01, limit, name, color=REST, fontsize=8, va="center", transform=edge, clip_on=False)
+
+
+def density_ridges(inputs: ReportInputs) -> tuple[Figure, str, str] | None:
+    """Draw each layer's histogram of log10 firing rates, one under the other, all to one scale."""
+    counts = np.asarray(inputs.density.get("counts", ()), dtype=np.float64)
+    if not inputs.sae or not counts.any():
+        return None
+    edges, n_layers = np.asarray(inputs.density["log10_edges"], dtype=np.float64), len(counts)
+    figure, (axes,) = _canvas(1.3 + 0.26 * n_layers)
+    heights = RIDGE_OVERLAP * counts / counts.max()
+    for layer, color in enumerate(_layer_colors(n_layers)):
+        ridge = axes.stairs(layer - heights[layer], edges, baseline=layer, fill=True, facecolor=color)
+        ridge.set(edgecolor="#FFFFFF", linewidth=1, zorder=2 + layer / n_layers)  # lower ones in front
+    _never_firing(axes, inputs)
+    mean_rate = _mean_rate(inputs)
+    if mean_rate is not None:
+        axes.axvline(np.log10(mean_rate), color=CHANCE, linestyle=":", linewidth=1.2, zorder=4)
+    axes.set(xlabel="share of held-out tokens on which a latent fires", ylabel="layer", xlim=(edges[0], 0))
+    axes.set_ylim(n_layers - 0.5, -RIDGE_OVERLAP - 0.1)
+    axes.set_yticks(range(0, n_layers, -(-n_layers // 12)))
+    axes.xaxis.set_major_locator(MultipleLocator(1))
+    axes.xaxis.set_major_formatter(lambda exponent, _: f"1/{10**-exponent:,.0f}" if exponent else "all")
+    axes.grid(axis="y", visible=False)
+    alt = f"Histograms of the firing rates of the latents of {n_layers} layers, on a logarithmic axis."
+    caption = "How often latents fire: for each layer, the latents by their firing rate; at the right, the share that "
+    caption += "fires on no held-out token. "
+    if mean_rate is not None:
+        caption += f"Dotted: the mean rate, 1 token in {1 / mean_rate:,.0f}. "
+    caption += "Good is one hill without a second one at the left end, where latents are about to die, and with few "
+    return figure, alt, caption + "latents beyond 1/10, which fire on so many tokens that they say little about any."
+
+
+def _mean_rate(inputs: ReportInputs) -> float | None:
+    """Return the share of tokens on which the average latent fires: L0 over F."""
+    l0 = _column(inputs.sae, "l0_inference")
+    if not np.nansum(l0) > 0 or not known(inputs.sae_spec.get("n_latents")):
+        return None
+    return float(np.nanmean(l0) / inputs.sae_spec["n_latents"])
+
+
+def _never_firing(axes: Axes, inputs: ReportInputs) -> None:
+    """Write the share of latents that fire on no held-out token to the right of each layer."""
+    style: dict[str, Any] = {"fontsize": 8, "va": "bottom", "color": REST, "transform": axes.get_yaxis_transform()}
+    axes.text(1.01, -1, "never", **style)
+    for place, row in enumerate(sorted(inputs.sae, key=lambda row: row["layer"])):
+        axes.text(1.01, place, number(row.get("dead_held_out"), ".1%"), **style)
+
+
+def crowding(inputs: ReportInputs) -> tuple[Figure, str, str] | None:
+    """Draw the quantiles over the latents of the largest |cosine| with another decoder row, layer by layer."""
+    rows = sorted(inputs.sae, key=lambda row: row["layer"])
+    low, first, median, third, high, largest = (
+        _column(rows, f"crowding_{name}") for name in ("p05", "p25", "median", "p75", "p95", "max")
+    )
+    if not np.isfinite(median).any():
+        return None
+    layers = _column(rows, "layer")
+    figure, (axes,) = _canvas(3.4)
+    axes.vlines(layers, low, high, color=OURS, linewidth=1.2, label="5% to 95% of the latents")
+    axes.vlines(layers, first, third, color=OURS, linewidth=4.5, alpha=0.5, label="25% to 75%")
+    axes.plot(layers, median, "o", color=OURS, label="median")
+    axes.plot(layers, largest, "_", color=REST, label="largest")
+    if inputs.crowding_random is not None:
+        axes.axhline(inputs.crowding_random, color=REFERENCE, linestyle="--", label="median of random directions")
+    axes.set(xlabel="layer", ylabel="largest |cosine|", ylim=(0, 1.03), xlim=(layers[0] - 0.6, layers[-1] + 0.6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside upper center", ncols=3)
+    alt = f"Crowding of the decoders of {len(rows)} layers; medians {np.nanmin(median):.3f} to {np.nanmax(median):.3f}."
+    caption = (
+        "Each latent's largest |cosine| with another decoder row of its layer. Good is a bulk not far above random "
+    )
+    caption += "directions and few latents near 1, where two latents point the same way and share the work of one; "
+    return figure, alt, caption + "somewhat above random is what related features look like."
 
 
 PANELS = (

@@ -25,7 +25,10 @@ from jaxsae.report.markup import (
 )
 from jaxsae.report.tables import ReportInputs
 
-FIGURE_PATTERNS = ("sae_layers.png", "training.png", "auroc.png", "roc.png", "calibration.png", "tracks_*.png")
+FIGURE_PATTERNS = (
+    *("sae_layers.png", "sae_density.png", "sae_crowding.png", "training.png"),
+    *("auroc.png", "roc.png", "calibration.png", "tracks_*.png"),
+)
 
 
 def write(workdir: str | os.PathLike, inputs: ReportInputs) -> list[Path]:
@@ -122,13 +125,46 @@ def _phases(inputs: ReportInputs) -> list[Block]:
     return [Heading("Phases"), body]
 
 
+WITHOUT_BOS = (
+    "Position 0 and BOS are in no number of this section, and are not replaced where a residual stream is: a model may "
+    "give them a residual stream so long and so constant that it flatters every measure."
+)
 SAE_MEASURES = (
-    "MSE is the mean squared error of the reconstruction. FVU is Σ‖x − x̂‖² / Σ‖x − x̄‖² with x̄ the mean of the "
-    "data: 0 is perfect, 1 is no better than the mean. PCA FVU is what k principal components leave of the same "
-    "tokens, k being the SAE's. L0 is the number of active latents per token; dead is the share of latents that "
-    "do not fire. ΔCE and KL are what the language model loses, in nats per token, when this layer's residual "
-    "stream is replaced by the SAE's reconstruction; ΔCE zero and ΔCE mean, when it is replaced by zeros or by "
-    "the mean. – was not measured. The last rows are over the layers that have a value; std has ddof 0."
+    (
+        "FVU is Σ‖x − x̂‖² / Σ‖x − x̄‖² with x̄ the mean of the data: 0 is perfect, 1 is no better than the mean. PCA "
+        "FVU is what k principal components leave of the same tokens, k being the SAE's; a good SAE leaves less."
+    ),
+    (
+        "L0 is the number of active latents per token. In training and at inference it should be the same: what was "
+        "trained is then what is used."
+    ),
+    (
+        "ΔCE is what the language model loses, in nats per token, when this layer's residual stream is replaced by the "
+        "SAE's reconstruction, and KL how far its predictions move; both are 0 at best."
+    ),
+    (
+        "– was not measured. The last rows are over the layers that have a value; std has ddof 0. Best step is the "
+        "step whose weights were kept."
+    ),
+)
+SAE_DETAIL_MEASURES = (
+    "MSE is the mean squared error of a coordinate of the reconstruction: it grows with the residual stream, so that "
+    "layers and models cannot be compared by it.",
+    "EV legacy is the explained variance that older tools report: 1 − ‖x − x̂‖² / ‖x − x̄‖², taken for each token and "
+    "then averaged. It is not 1 − FVU: every token counts the same, however large its error, so that it flatters an "
+    "SAE that fails at the tokens far from the mean (and understates one that fails at those near it). For comparison "
+    "with published numbers only.",
+    "ΔCE zero and ΔCE mean are what zeros and the mean row in place of the residual stream cost: the scale that ΔCE is "
+    "to be seen on. CE recovered is 1 − ΔCE / ΔCE zero, and flatters: zeros leave so little of the model that a poor "
+    "reconstruction recovers most of it.",
+    "Crowding has its mean, quantiles and maximum over the latents of a layer.",
+)
+MEASURE_AGAIN = (
+    "not available: the SAEs were measured by an older version; delete ",
+    Code("saes/evaluation.json"),
+    " and run ",
+    Code("jaxsae train"),
+    ", which keeps the SAEs and measures them again",
 )
 
 
@@ -136,14 +172,38 @@ def _sae(inputs: ReportInputs, pictures: dict[str, Picture]) -> list[Block]:
     heading = Heading("Sparse autoencoders")
     if not inputs.sae:
         return [heading, _absent("train")]
-    blocks: list[Block] = [heading, tables.sae_table(inputs), Paragraph((SAE_MEASURES,))]
+    blocks: list[Block] = [heading, tables.sae_table(inputs), _sae_measures(inputs)]
     blocks += [pictures["sae_layers"]] if "sae_layers" in pictures else []
+    for name, title in (("sae_density", "How often latents fire"), ("sae_crowding", "Crowding of the decoder")):
+        blocks += [Heading(title, level=3), pictures.get(name, Paragraph(MEASURE_AGAIN))]
+    blocks += [Heading("All measures", level=3), tables.sae_detail_table(inputs)]
+    blocks += [Bullets(tuple((sentence,) for sentence in SAE_DETAIL_MEASURES))]
     blocks += [Heading("Quality bands", level=3), tables.band_table(inputs)]
     blocks += [Heading("Early and late layers", level=3)]
     if len(inputs.sae) < 2:
         return [*blocks, Paragraph(("One layer only: there is nothing to compare.",))]
     sentence = verdicts.depth_sentence(inputs)
     return [*blocks, tables.depth_table(inputs), *([Paragraph((sentence,))] if sentence else [])]
+
+
+def _sae_measures(inputs: ReportInputs) -> Bullets:
+    """Explain the columns of `sae_table`, with the numbers of this run that they hang on."""
+    window = inputs.sae_spec.get("dead_tokens")
+    waited = f"in {tables.count(window)} training tokens" if tables.known(window) else "for long in training"
+    tokens = f"{tables.count(inputs.held_out_tokens)} " if tables.known(inputs.held_out_tokens) else ""
+    dead = (
+        f"Dead is the share of latents that had not fired {waited} when the weights were kept; 1% is good. Dead "
+        f"held-out is the share that fires on none of the {tokens}held-out tokens: the dead and the rare ones."
+    )
+    random = ""
+    if tables.known(inputs.crowding_random):
+        random = f" For as many random directions it is {tables.number(inputs.crowding_random)}."
+    crowding = (
+        "Crowding is each latent's largest |cosine| with another decoder row of its layer, here the median latent's."
+        f"{random} Near 1, latents are copies of one another."
+    )
+    fvu, l0, ce, rest = SAE_MEASURES
+    return Bullets(tuple((sentence,) for sentence in (WITHOUT_BOS, fvu, l0, dead, ce, crowding, rest)))
 
 
 def _training(pictures: dict[str, Picture]) -> list[Block]:

@@ -36,10 +36,16 @@ class ReportInputs:
         config: settings, flat or nested.
         host: machine, cpu, cores, memory, device kind, python, versions of packages; flat or nested.
         model: name, n_layers, d_model, n_vocab, n_parameters.
-        sae_spec: architecture, n_latents, k, tokens (trained on), steps, batch (tokens per step).
+        sae_spec: architecture, n_latents, k, tokens (trained on), steps, batch (tokens per step), dead_tokens (training
+            tokens without firing after which a latent counts as dead).
         phases: name, status ("done", "skipped" or "missing"), seconds, output_bytes, peak_bytes (host memory), detail.
-        sae: one row a layer: layer, mse, fvu, pca_fvu (k components, same tokens), l0_train, l0_inference, dead (share
-            of the latents), delta_ce, delta_ce_zero, delta_ce_mean, kl (nats per token), best_step.
+        sae: one row a layer: layer, mse, fvu, pca_fvu (k components, same tokens), explained_variance_legacy, l0_train,
+            l0_inference, dead and dead_held_out (shares of the latents), delta_ce, delta_ce_zero, delta_ce_mean, kl
+            (nats per token), ce_recovered, crowding_ + mean, p05, p25, median, p75, p95, max, best_step.
+        held_out_tokens: tokens behind the rows of `sae`.
+        density: log10_edges, and counts: for each layer, in order, how many latents have a log10 firing rate between
+            them, those that never fire left out.
+        crowding_random: the median crowding of as many random directions.
         history: one row per evaluation and layer: step, tokens, layer, fvu, mse, l0, dead, loss.
         detection: one row a detector: name, definition, n, n_groups, auroc, ci_low, ci_high, pr_auc, base_rate, brier,
             ece, accuracy, precision, recall, f1.
@@ -74,6 +80,9 @@ class ReportInputs:
     sae_spec: Row = dataclasses.field(default_factory=dict)
     phases: Sequence[Row] = ()
     sae: Sequence[Row] = ()
+    held_out_tokens: int | None = None
+    density: Row = dataclasses.field(default_factory=dict)
+    crowding_random: float | None = None
     history: Sequence[Row] = ()
     detection: Sequence[Row] = ()
     canary: Row | None = None
@@ -172,18 +181,34 @@ def phase_table(inputs: ReportInputs) -> Table:
     return Table(header, (*rows, total), "llrrrl", n_summary=1)
 
 
-SAE_COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("mse", "MSE", "#.4g"),
+Columns = tuple[tuple[str, str, str], ...]  # key, title, format
+SAE_COLUMNS: Columns = (
     ("fvu", "FVU", ".4f"),
     ("pca_fvu", "PCA FVU", ".4f"),
     ("l0_train", "L0 train", ".1f"),
     ("l0_inference", "L0 inference", ".1f"),
     ("dead", "Dead", ".1%"),
+    ("dead_held_out", "Dead held-out", ".1%"),
+    ("delta_ce", "ΔCE", ".4f"),
+    ("kl", "KL", ".4f"),
+    ("crowding_median", "Crowding", ".3f"),
+)
+SAE_DETAILS: Columns = (
+    ("mse", "MSE", "#.4g"),
+    ("fvu", "FVU", ".4f"),
+    ("explained_variance_legacy", "EV legacy", ".4f"),
     ("delta_ce", "ΔCE", ".4f"),
     ("delta_ce_zero", "ΔCE zero", ".3f"),
     ("delta_ce_mean", "ΔCE mean", ".3f"),
-    ("kl", "KL", ".4f"),
+    ("ce_recovered", "CE recovered", ".1%"),
+    ("crowding_mean", "Crowding mean", ".3f"),
+    ("crowding_p05", "5%", ".3f"),
+    ("crowding_p25", "25%", ".3f"),
+    ("crowding_p75", "75%", ".3f"),
+    ("crowding_p95", "95%", ".3f"),
+    ("crowding_max", "max", ".3f"),
 )
+SUMMARY_KEYS = ("mse", "fvu", "pca_fvu", "l0_train", "l0_inference", "dead", "delta_ce")
 STATISTICS: tuple[tuple[str, Callable[[list[float]], Any]], ...] = (
     ("mean", np.mean),
     ("median", np.median),
@@ -194,24 +219,35 @@ STATISTICS: tuple[tuple[str, Callable[[list[float]], Any]], ...] = (
 
 
 def sae_table(inputs: ReportInputs) -> Table:
-    """Tabulate the SAEs layer by layer, then mean, median, min, max and standard deviation (ddof 0) over the layers."""
-    rows = [
-        (
-            str(row["layer"]),
-            *(number(row.get(key), spec) for key, _, spec in SAE_COLUMNS),
-            count(row.get("best_step")),
-            quality_band(row.get("fvu")) or ABSENT,
-        )
-        for row in inputs.sae
-    ]
-    summary = [(name, *_column_statistics(inputs.sae, statistic), "", "") for name, statistic in STATISTICS]
+    """Tabulate the most telling measures of the SAEs by layer, then `STATISTICS` over the layers (std: ddof 0)."""
+    more = [(count(row.get("best_step")), quality_band(row.get("fvu")) or ABSENT) for row in inputs.sae]
+    rows = [(*cells, *last) for cells, last in zip(_layer_rows(inputs.sae, SAE_COLUMNS), more, strict=True)]
+    summary = [(*cells, "", "") for cells in _statistics_rows(inputs.sae, SAE_COLUMNS)]
     header = ("Layer", *(title for _, title, _ in SAE_COLUMNS), "Best step", "Band")
     return Table(header, (*rows, *summary), "r" * (len(header) - 1) + "l", n_summary=len(summary))
 
 
-def _column_statistics(rows: Sequence[Row], statistic: Callable[[list[float]], Any]) -> list[str]:
-    columns = [(values(rows, key), spec) for key, _, spec in SAE_COLUMNS]
-    return [number(statistic(column), spec) if column else ABSENT for column, spec in columns]
+def sae_detail_table(inputs: ReportInputs) -> Table:
+    """Tabulate the other measures, and those they must be read beside, with the same rows as `sae_table`."""
+    summary = _statistics_rows(inputs.sae, SAE_DETAILS)
+    header = ("Layer", *(title for _, title, _ in SAE_DETAILS))
+    rows = (*_layer_rows(inputs.sae, SAE_DETAILS), *summary)
+    return Table(header, rows, "r" * len(header), n_summary=len(summary))
+
+
+def _layer_rows(rows: Sequence[Row], columns: Columns) -> list[tuple[str, ...]]:
+    return [(str(row["layer"]), *(number(row.get(key), spec) for key, _, spec in columns)) for row in rows]
+
+
+def _statistics_rows(rows: Sequence[Row], columns: Columns) -> list[tuple[str, ...]]:
+    return [(name, *_column_statistics(rows, columns, statistic)) for name, statistic in STATISTICS]
+
+
+def _column_statistics(
+    rows: Sequence[Row], columns: Columns, statistic: Callable[[list[float]], Any] = np.mean
+) -> list[str]:
+    known_values = [(values(rows, key), spec) for key, _, spec in columns]
+    return [number(statistic(column), spec) if column else ABSENT for column, spec in known_values]
 
 
 def band_table(inputs: ReportInputs) -> Table:
@@ -240,11 +276,11 @@ def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def depth_table(inputs: ReportInputs) -> Table:
-    """Tabulate the mean of each SAE measure over the early and over the late half of the layers."""
+    """Tabulate the mean of each measure of `sae_table` over the early and over the late half of the layers."""
     rows = []
     for name, half in zip(("early", "late"), halves(inputs.sae), strict=True):
         layers = f"{name} ({half[0]['layer']}–{half[-1]['layer']})"
-        rows.append((layers, *_column_statistics(half, np.mean)))
+        rows.append((layers, *_column_statistics(half, SAE_COLUMNS)))
     header = ("Layers", *(title for _, title, _ in SAE_COLUMNS))
     return Table(header, tuple(rows), "l" + "r" * len(SAE_COLUMNS))
 
@@ -448,11 +484,10 @@ def _cut(line: str) -> str:
 def _sae_lines(inputs: ReportInputs) -> list[str]:
     if not inputs.sae:
         return ["Sparse autoencoders: not available: run jaxsae train"]
-    keys = ("fvu", "pca_fvu", "mse", "l0_train", "l0_inference", "dead", "delta_ce")
-    columns = [column for column in SAE_COLUMNS if column[0] in keys]
-    rows = [[str(row["layer"]), *(number(row.get(key), spec) for key, _, spec in columns)] for row in inputs.sae]
-    means = [(values(inputs.sae, key), spec) for key, _, spec in columns]
-    rows.append(["mean", *(number(np.mean(column), spec) if column else ABSENT for column, spec in means)])
+    by_key = {column[0]: column for column in (*SAE_COLUMNS, *SAE_DETAILS)}
+    columns = tuple(by_key[key] for key in SUMMARY_KEYS)
+    rows = [list(cells) for cells in _layer_rows(inputs.sae, columns)]
+    rows.append(["mean", *_column_statistics(inputs.sae, columns)])
     header = ["layer", *(title for _, title, _ in columns)]
     return ["Sparse autoencoders", *_plain([header, *rows], left=0)]
 

@@ -46,9 +46,16 @@ def pre_activations(
     return dot(acts, params.W_enc, dtype) + params.b_enc
 
 
-def decode(params: SaeParams, feats: Float[Array, "B F"], *, dtype: DTypeLike = jnp.float32) -> Float[Array, "B D"]:
-    """Return the reconstruction: the features' decoder rows, weighted, plus b_dec."""
-    return dot(feats, params.W_dec, dtype) + params.b_dec
+def decode(
+    params: SaeParams, feats: Float[Array, "B F"], *, dtype: DTypeLike = jnp.float32, axis: str | None = None
+) -> Float[Array, "B D"]:
+    """Return the reconstruction: the features' decoder rows, weighted, plus b_dec.
+
+    Args:
+        axis: the mesh axis along which the latents are spread; their shards' reconstructions are summed along it.
+    """
+    recon = dot(feats, params.W_dec, dtype)
+    return (recon if axis is None else lax.psum(recon, axis)) + params.b_dec
 
 
 def unit_rows(rows: Float[Array, "*L F D"]) -> Float[Array, "*L F D"]:

@@ -1,7 +1,8 @@
 """SAE suites and training states on disk: Orbax writes them, a sha256 manifest vouches for every byte.
 
     saes/suite.json                what the suite is: architecture, sizes, language model, settings
-    saes/checkpoints/<step>/       Orbax: `best` and `last` weights, `train` state, `reader` position
+    saes/checkpoints/<step>/       Orbax: `best` and `last` weights, `train` state, `reader` position,
+                                   `buffer` of a source on the devices
     saes/manifests/<step>.json     written last; a step without it was interrupted and does not count;
                                    it also vouches for suite.json, which therefore comes before the first save
 
@@ -26,7 +27,7 @@ from jaxsae.sae.suite import SaeSuite, fold_scale
 
 REBUILD = "run jaxsae train"
 _WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "scale")
-_ARRAY_ITEMS = ("best", "last", "train")
+_ARRAY_ITEMS = ("best", "last", "train", "buffer")
 _KEPT_STEPS = 2
 
 
@@ -61,7 +62,7 @@ class Checkpoints:
         return max(manifest_steps(self.directory), default=None)
 
     def save(self, step: int, trees: dict[str, Any], reader: dict[str, Any]) -> None:
-        """Write `best`, `last` and `train` pytrees of arrays [L ...] and the reader's position; vouch for them last.
+        """Write pytrees of arrays [L ...] (see above) and the reader's position; vouch for them last.
 
         Raises:
             InputError: the disk is full; what was saved before stays.
@@ -116,9 +117,40 @@ class Checkpoints:
         self.manager.close()
 
 
+def write_suite(directory: str | os.PathLike, suite: SaeSuite, *, about: dict[str, Any]) -> None:
+    """Write a finished suite as a run's `saes/`, its weights both as `best` and as `last`, with no state to train from.
+
+    Args:
+        directory: holds no suite yet.
+        suite: of all layers, in residual units.
+        about: what `suite.json` says beside architecture, k and sizes.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    directory, n_layers = Path(directory), suite.W_enc.shape[0]
+    sizes = {"n_layers": n_layers, "d_model": suite.d_model, "n_latents": suite.n_latents}
+    write_json(directory / "suite.json", {"architecture": suite.architecture, "k": suite.k, **sizes, **about})
+    arrays = {name: getattr(suite, name) for name in _WEIGHTS if name != "scale"}
+    weights = jax.tree.map(jax.numpy.asarray, arrays | {"scale": np.ones(n_layers, np.float32)})
+    checkpoints = Checkpoints(directory)
+    try:
+        checkpoints.save(0, {"best": weights, "last": weights}, {})
+    finally:
+        checkpoints.close()
+
+
 def _by_layer(array: jax.Array) -> ocp.SaveArgs:
-    layer_bytes = max(array.nbytes // array.shape[0], 1)
-    return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,))
+    """Return chunks of one layer, or of a part of it, so that a chunk is named by its layer.
+
+    Several devices each write a part of a layer, and those that hold the same write a part of that; a chunk of a whole
+    layer's size would then hold parts of several.
+    """
+    layers_of_device = array.sharding.shard_shape(array.shape)[0]
+    n_writers = len(array.sharding.device_set) * layers_of_device // array.shape[0]
+    return ocp.SaveArgs(
+        chunk_byte_size=max(array.nbytes // array.shape[0] // n_writers, array.dtype.itemsize), shard_axes=(0,)
+    )
 
 
 def _check_like(stored: Any, wanted: Any, where: str) -> None:

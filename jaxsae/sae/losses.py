@@ -11,12 +11,12 @@ import flax.struct
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxsae.config import SaeConfig
 from jaxsae.sae import sparse
 from jaxsae.sae.autoencoder import SaeParams, decode, dot, pre_activations
-from jaxsae.sae.selection import Codes
+from jaxsae.sae.selection import Codes, rank_in_row
 
 
 @flax.struct.dataclass
@@ -29,6 +29,8 @@ class Moment:
         progress: share of the run's steps that are done, 0 to 1.
         config: the suite's settings.
         axis: the mesh axis along which rows are spread, or None.
+        latent_axis: the mesh axis along which latents are spread, or None. A loss is the same on all their shards, so
+            that whatever it sums over latents goes through `all_latents`.
         is_sparse: compute by codes, where the architecture has them.
         dtype: of the operands of matrix products.
     """
@@ -38,6 +40,7 @@ class Moment:
     progress: Any
     config: SaeConfig = flax.struct.field(pytree_node=False)
     axis: str | None = flax.struct.field(pytree_node=False, default=None)
+    latent_axis: str | None = flax.struct.field(pytree_node=False, default=None)
     is_sparse: bool = flax.struct.field(pytree_node=False, default=False)
     dtype: DTypeLike = flax.struct.field(pytree_node=False, default=jnp.float32)
 
@@ -45,10 +48,34 @@ class Moment:
         """Return the rows of all shards together."""
         return acts.shape[0] * (1 if self.axis is None else lax.axis_size(self.axis))
 
+    def total(self, x: Float[Array, ""]) -> Float[Array, ""]:
+        """Return the sum over all shards of rows."""
+        return x if self.axis is None else lax.psum(x, self.axis)
+
+    def n_latents(self, feats: Float[Array, "B F"]) -> int:
+        """Return the latents of all shards together."""
+        return feats.shape[-1] * (1 if self.latent_axis is None else lax.axis_size(self.latent_axis))
+
+    def all_latents(self, x: Shaped[Array, "*_"]) -> Shaped[Array, "*_"]:
+        """Return the sum over all shards of latents."""
+        return x if self.latent_axis is None else lax.psum(x, self.latent_axis)
+
+    def on_latents(self, x: Float[Array, "*_"]) -> Float[Array, "*_"]:
+        """Return what all shards of latents share, as each one's own; its gradient is the sum of theirs."""
+        return x if self.latent_axis is None else lax.pcast(x, self.latent_axis, to="varying")
+
+    def decode(self, params: SaeParams, feats: Float[Array, "B F"]) -> Float[Array, "B D"]:
+        """Return the reconstruction from the features of all shards."""
+        return decode(params, feats, dtype=self.dtype, axis=self.latent_axis)
+
+    def share(self, energy: Float[Array, "B _"]) -> Float[Array, ""]:
+        """Return this shard's sum of what a row adds to its squared error, as a fraction of the rows' variance."""
+        return jnp.sum(energy) / (self.n_rows(energy) * self.variance)
+
 
 @flax.struct.dataclass
 class BatchCounts:
-    """Sums over this shard's rows, for one layer.
+    """Sums over this shard's rows, for one layer; the latter two of this shard's latents.
 
     Attributes:
         loss: this shard's share of the loss.
@@ -105,7 +132,7 @@ def see(
 
 def fraction_of_variance(error: Float[Array, "B D"], moment: Moment) -> Float[Array, ""]:
     """Return sum |x - x_hat|^2 / (B variance)."""
-    return jnp.sum(error**2) / (moment.n_rows(error) * moment.variance)
+    return moment.share(error**2)
 
 
 def dense_loss(
@@ -116,7 +143,7 @@ def dense_loss(
     threshold: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Seen]:
     """Return the unexplained fraction of variance, with features that are dense arrays."""
-    error = acts - decode(params, feats, dtype=moment.dtype)
+    error = acts - moment.decode(params, feats)
     return see(fraction_of_variance(error, moment), error, count_fired(feats), threshold)
 
 
@@ -128,10 +155,17 @@ def sparse_loss(
     threshold: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Seen]:
     """Return what `dense_loss` returns, by codes; they come from an encoder that reads activations - b_dec."""
-    values = sparse.attach(params, acts - lax.stop_gradient(params.b_dec), codes)
-    error = acts - (sparse.decode(params.W_dec, values, codes, acts) + params.b_dec)
+    encoding = dataclasses.replace(params, b_dec=moment.on_latents(params.b_dec))
+    values = sparse.attach(encoding, acts - lax.stop_gradient(params.b_dec), codes)
+    recon = sparse.decode(params.W_dec, values, codes, moment.on_latents(acts))
     is_active = (codes.values > 0).astype(jnp.float32)
     fired = jnp.zeros_like(params.b_enc).at[codes.ids].add(is_active, mode="promise_in_bounds")
+    if codes.crowded is not None:
+        rows, kept = acts.at[codes.crowded.rows].get(mode="fill", fill_value=0.0), codes.crowded.kept
+        feats = jnp.where(kept, encoder(params, rows, centres_input=True, dtype=moment.dtype), 0.0)
+        recon = recon.at[codes.crowded.rows].add(dot(feats, params.W_dec, moment.dtype), mode="drop")
+        fired += kept.astype(jnp.float32).sum(axis=0)
+    error = acts - (moment.all_latents(recon) + params.b_dec)
     return see(fraction_of_variance(error, moment), error, fired, threshold)
 
 
@@ -161,30 +195,36 @@ def aux_loss(
 
     Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
-    n_revived = min(error.shape[-1] // 2, params.b_enc.shape[-1])
+    n_revived = error.shape[-1] // 2
     if few:
         dead, weights = _of_dead(params, moment.is_dead, n_revived)
         feats = jnp.where(dead, encoder(weights, acts, centres_input=True, dtype=moment.dtype), 0.0)
     else:
         weights = params
-        feats = revive(encoder(params, acts, centres_input=True, dtype=moment.dtype), moment.is_dead, n_revived)
-    energy = jnp.sum(error**2)
-    energy = energy if moment.axis is None else lax.psum(energy, moment.axis)
-    unexplained = jnp.sum((error - dot(feats, weights.W_dec, moment.dtype)) ** 2)
+        pre = encoder(params, acts, centres_input=True, dtype=moment.dtype)
+        feats = revive(pre, moment.is_dead, n_revived, moment.latent_axis)
+    energy = moment.total(jnp.sum(error**2))
+    unexplained = jnp.sum((error - moment.all_latents(dot(feats, weights.W_dec, moment.dtype))) ** 2)
     return unexplained / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
 
 
 def _of_dead(params: SaeParams, is_dead: Bool[Array, " F"], n: int) -> tuple[Bool[Array, " n"], SaeParams]:
-    """Return the weights of `n` latents, the dead ones first, and which of them are dead."""
+    """Return the weights of `n` latents (all, if those are fewer), the dead ones first, and which of them are dead."""
+    n = min(n, len(is_dead))
     ids = jnp.nonzero(is_dead, size=n, fill_value=0)[0]
     return jnp.arange(n) < is_dead.sum(), dataclasses.replace(
         params, W_enc=params.W_enc[:, ids], b_enc=params.b_enc[ids], W_dec=params.W_dec[ids]
     )
 
 
-def revive(pre: Float[Array, "B F"], is_dead: Bool[Array, " F"], n_revived: int) -> Float[Array, "B F"]:
-    """Return each row's `n_revived` largest pre-activations among the dead latents, and zeros."""
-    values, ids = lax.top_k(jnp.where(is_dead, pre, -jnp.inf), n_revived)
+def revive(
+    pre: Float[Array, "B F"], is_dead: Bool[Array, " F"], n_revived: int, latent_axis: str | None = None
+) -> Float[Array, "B F"]:
+    """Return each row's `n_revived` largest pre-activations among the dead latents of all shards, and zeros."""
+    values, ids = lax.top_k(jnp.where(is_dead, pre, -jnp.inf), min(n_revived, pre.shape[-1]))
+    is_kept = jnp.isfinite(values)
+    if latent_axis is not None:
+        is_kept &= rank_in_row(values, n_revived, latent_axis) < n_revived
     rows = jnp.arange(pre.shape[0])[:, None]
-    values = jnp.where(jnp.isfinite(values), values, 0.0)
+    values = jnp.where(is_kept, values, 0.0)
     return jnp.zeros_like(pre).at[rows, ids].set(values, unique_indices=True, mode="promise_in_bounds")

@@ -1,8 +1,10 @@
 """Which latents of a row, or of a batch, are kept: as dense features, or as codes (the kept ones alone).
 
 Inside a sharded step the rows of a batch are spread along a mesh axis, whose name is passed as `axis`; with `axis=None`
-the batch is whole.
+the batch is whole. Latents may be spread too, along `latent_axis`: each shard then keeps some of its own.
 """
+
+import functools
 
 import flax.struct
 import jax
@@ -12,7 +14,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae.sae.autoencoder import AnyArray
 
+_Axes = str | tuple[str, ...] | None  # of a mesh, along which a sum goes
+
 ROW_FACTOR = 4  # a batch's kept latents are looked for among this many times k of each row, before everywhere
+
+
+@flax.struct.dataclass
+class CrowdedRows:
+    """Rows that keep too many latents for slots.
+
+    Attributes:
+        rows: [C] int32, which rows; B where there are fewer than C.
+        kept: [C F], which latents each of them keeps.
+    """
+
+    rows: Int[Array, " C"]
+    kept: Bool[Array, "C F"]
 
 
 @flax.struct.dataclass
@@ -24,11 +41,13 @@ class Codes:
         values: [B K], its activation; 0 in a slot that is empty.
         rows: [B K] int32, the row each slot belongs to, ascending through the flattened slots; None where slots lie in
             their own row.
+        crowded: rows that have no slots.
     """
 
     ids: Int[Array, "B K"]
     values: Float[Array, "B K"]
-    rows: Int[Array, "B K"] | None
+    rows: Int[Array, "B K"] | None = None
+    crowded: CrowdedRows | None = None
 
 
 def keep_above(pre: Float[Array, "B F"], threshold: Float[AnyArray, "*F"]) -> Float[Array, "B F"]:
@@ -39,21 +58,47 @@ def keep_above(pre: Float[Array, "B F"], threshold: Float[AnyArray, "*F"]) -> Fl
     return jnp.where(pre > jnp.maximum(threshold, 0.0), pre, 0.0)
 
 
-def keep_topk(pre: Float[Array, "B F"], k: int) -> Float[Array, "B F"]:
+def keep_topk(pre: Float[Array, "B F"], k: int, latent_axis: str | None = None) -> Float[Array, "B F"]:
     """Keep the k largest positive entries of each row, zero the rest; the lowest index wins a tie.
 
     Source: Gao et al. 2024, arXiv:2406.04093, section 2.3.
     """
-    return spread(topk_codes(pre, k), pre)
+    return spread(topk_codes(pre, k, latent_axis=latent_axis), pre)
 
 
-def topk_codes(pre: Float[Array, "B F"], k: int, k_now: Float[Array, ""] | None = None) -> Codes:
-    """Return the k largest positive entries of each row, descending; with `k_now` at most so many of them."""
+def topk_codes(
+    pre: Float[Array, "B F"], k: int, k_now: Float[Array, ""] | None = None, latent_axis: str | None = None
+) -> Codes:
+    """Return the k largest positive entries of each row, descending; with `k_now` at most so many of them.
+
+    Of latents that are spread, those that are among the k largest of all shards.
+    """
     values, ids = lax.top_k(pre, min(k, pre.shape[-1]))
     values = jax.nn.relu(values)
-    if k_now is not None:
+    if latent_axis is not None:
+        values = jnp.where(rank_in_row(values, k, latent_axis) < (k if k_now is None else k_now), values, 0.0)
+    elif k_now is not None:
         values = jnp.where(jnp.arange(values.shape[-1]) < k_now, values, 0.0)
-    return Codes(ids, values, None)
+    return Codes(ids, values)
+
+
+def rank_in_row(values: Float[Array, "B K"], n: int, latent_axis: str) -> Int[Array, "B K"]:
+    """Return the place, from 0, of each of this shard's values in its row of all shards' values; n or more as n.
+
+    Only the values travel. Of equal ones the lowest latent comes first, as the shards follow each other.
+
+    Args:
+        values: descending in each row, equal ones by latent.
+    """
+    n_rows, n_own = values.shape
+    every = lax.all_gather(lax.stop_gradient(values), latent_axis, axis=1, tiled=True)
+    places = lax.top_k(every, min(n, every.shape[-1]))[1]
+    ranks = (
+        jnp.full(every.shape, n, jnp.int32)
+        .at[jnp.arange(n_rows)[:, None], places]
+        .set(jnp.arange(places.shape[-1], dtype=jnp.int32), unique_indices=True, mode="promise_in_bounds")
+    )
+    return lax.dynamic_slice_in_dim(ranks, lax.axis_index(latent_axis) * n_own, n_own, axis=1)
 
 
 def spread(codes: Codes, like: Float[Array, "B F"]) -> Float[Array, "B F"]:
@@ -63,11 +108,16 @@ def spread(codes: Codes, like: Float[Array, "B F"]) -> Float[Array, "B F"]:
 
 
 def keep_batch_topk(
-    pre: Float[Array, "B F"], k: int | Float[Array, ""], *, n_row: int, axis: str | None = None
+    pre: Float[Array, "B F"],
+    k: int | Float[Array, ""],
+    *,
+    n_row: int,
+    axis: str | None = None,
+    latent_axis: str | None = None,
 ) -> tuple[Float[Array, "B F"], Float[Array, ""]]:
     """Keep the B k largest positive entries of the whole batch; also return the smallest value kept.
 
-    B counts the rows of every shard along `axis`. Entries equal to the smallest kept value are all kept. With fewer
+    B counts the rows of every shard. Entries equal to the smallest kept value are all kept. With fewer
     than B k positive entries all of them are kept and the threshold is 0.
 
     Args:
@@ -78,49 +128,65 @@ def keep_batch_topk(
     positive = jax.nn.relu(pre)
     searched = lax.stop_gradient(positive)
     largest = lax.top_k(searched, min(n_row, pre.shape[-1]))[0]
-    threshold = lax.stop_gradient(kth_largest(searched, n_kept(pre, k, axis), largest, axis))
+    axes = _axes(axis, latent_axis)
+    threshold = lax.stop_gradient(kth_largest(searched, n_kept(pre, k, axis), largest, axes))
     return jnp.where(positive >= threshold, positive, 0.0), threshold
 
 
 def n_kept(pre: Float[Array, "B F"], k: int | Float[Array, ""], axis: str | None) -> int | Int[Array, ""]:
     """Return B k, of all shards together; k may be a share of one while it is annealed."""
-    n_rows = pre.shape[0] * (1 if axis is None else lax.axis_size(axis))
+    n_rows = pre.shape[0] * _n_shards(axis)
     return n_rows * k if isinstance(k, int) else jnp.round(n_rows * k).astype(jnp.int32)
 
 
 def batch_topk_codes(
-    pre: Float[Array, "B F"], k: int, k_now: int | Float[Array, ""], axis: str | None
+    pre: Float[Array, "B F"],
+    k: int,
+    k_now: int | Float[Array, ""],
+    axis: str | None,
+    latent_axis: str | None = None,
 ) -> tuple[Codes, Float[Array, ""], Bool[Array, ""]]:
     """Return what `keep_batch_topk` keeps as codes, the smallest value kept, and whether the codes hold all of it,
     on every shard.
 
-    There are slots for one entry a row more than k, for ties, and on one of several shards for a quarter more, since
-    the batch's entries need not be spread evenly. The codes do not hold all where those do not suffice, or where a row
-    has more than `ROW_FACTOR` k.
+    There are slots for one entry a row more than k, for ties, and on one of several shards of rows for a quarter more,
+    since the batch's entries need not be spread evenly; on one of several shards of latents, for twice its part. Rows
+    that may keep more than `ROW_FACTOR` k are looked at whole, up to one row in 32. Where the codes do not hold all,
+    the value is not the batch's.
     """
     n_rows, n_latents = pre.shape
-    n_slots = k + 1 if axis is None or lax.axis_size(axis) == 1 else k + k // 4 + 1
-    positive = jax.nn.relu(pre)
+    axes, part = _axes(axis, latent_axis), -(-k // _n_shards(latent_axis))
+    n_slots = 1 + part + (part if part < k else k // 4 if _n_shards(axis) > 1 else 0)
+    n, positive = n_kept(pre, k_now, axis), jax.nn.relu(pre)
     largest, ids = lax.top_k(positive, min(ROW_FACTOR * k, n_latents))
-    threshold = kth_largest(positive, n_kept(pre, k_now, axis), largest, axis)
-    is_kept = (largest >= threshold) & (largest > 0)
-    # Each kept entry moves to the slot that is its rank among the kept, row after row.
-    place = jnp.where(is_kept, jnp.cumsum(is_kept.ravel()).reshape(is_kept.shape) - 1, n_rows * n_slots).ravel()
-    rows = jnp.broadcast_to(jnp.arange(n_rows)[:, None], is_kept.shape)
+    top, low = _search_largest(largest, n, axes)
+    # The n-th largest of these is no larger than that of all: a row whose last is smaller has all its kept among them.
+    is_crowded = (_bits(largest[:, -1]) >= jnp.maximum(low, 1)) & (largest.shape[-1] < n_latents)
+    crowded = jnp.nonzero(is_crowded, size=-(-n_rows // 32), fill_value=n_rows)[0].astype(jnp.int32)
+    whole_rows = positive.at[crowded].get(mode="fill", fill_value=0.0)
+    largest = jnp.where(is_crowded[:, None], 0.0, largest)
+    high = jnp.where(_max(is_crowded.any().astype(jnp.int32), axes) > 0, top + 1, low + 1)
+    bits = _search((_bits(largest), _bits(whole_rows)), n, low, high, axes)
+    threshold = lax.bitcast_convert_type(bits, jnp.float32)
 
-    def packed(entries: Array, empty: int) -> Array:
-        slots = jnp.full(n_rows * n_slots, empty, entries.dtype)
-        return slots.at[place].set(entries.ravel(), mode="drop").reshape(n_rows, n_slots)
-
-    overflows = is_kept.sum() > n_rows * n_slots
-    if largest.shape[-1] < n_latents:
-        overflows |= is_kept[:, -1].any()
-    codes = Codes(packed(ids, 0), packed(largest, 0), packed(rows, n_rows - 1))
-    return codes, threshold, _max(overflows.astype(jnp.int32), axis) == 0
+    n_in_row = ((largest >= threshold) & (largest > 0)).sum(axis=-1)
+    # A row's kept entries come first in it, as they are descending: slot s is that far into the row that it falls in.
+    ends, slots = jnp.cumsum(n_in_row), jnp.arange(n_rows * n_slots)
+    rows = jnp.minimum(jnp.searchsorted(ends, slots, side="right"), n_rows - 1)
+    places = jnp.minimum(slots - (ends - n_in_row)[rows], largest.shape[-1] - 1)
+    values = jnp.where(slots < ends[-1], largest[rows, places], 0.0)
+    overflows = (ends[-1] > n_rows * n_slots) | (is_crowded.sum() > len(crowded))
+    codes = Codes(
+        ids=ids[rows, places].reshape(n_rows, n_slots),
+        values=values.reshape(n_rows, n_slots),
+        rows=rows.astype(jnp.int32).reshape(n_rows, n_slots),
+        crowded=CrowdedRows(crowded, (whole_rows >= threshold) & (whole_rows > 0)),
+    )
+    return codes, threshold, _max(overflows.astype(jnp.int32), axes) == 0
 
 
 def kth_largest(
-    values: Float[Array, "B F"], n: int | Int[Array, ""], largest: Float[Array, "B K"], axis: str | None
+    values: Float[Array, "B F"], n: int | Int[Array, ""], largest: Float[Array, "B K"], axes: _Axes
 ) -> Float[Array, ""]:
     """Return the n-th largest of non-negative values over all shards, exactly, without sorting them.
 
@@ -128,31 +194,39 @@ def kth_largest(
     value. Each row's `largest` are searched first; every value is searched, from there on, only when some row may have
     more of the n largest than those.
     """
-    top = _max(lax.bitcast_convert_type(largest.max(), jnp.int32), axis)
-    low = _search(_bits(largest), n, jnp.zeros_like(top), top + 1, axis)
+    top, low = _search_largest(largest, n, axes)
     row_is_full = (_bits(largest)[:, -1] >= low).any() & (largest.shape[-1] < values.shape[-1])
-    high = jnp.where(_max(row_is_full.astype(jnp.int32), axis) > 0, top + 1, low + 1)
-    return lax.bitcast_convert_type(_search(_bits(values), n, low, high, axis), jnp.float32)
+    high = jnp.where(_max(row_is_full.astype(jnp.int32), axes) > 0, top + 1, low + 1)
+    return lax.bitcast_convert_type(_search((_bits(values),), n, low, high, axes), jnp.float32)
+
+
+def _search_largest(
+    largest: Float[Array, "B K"], n: int | Int[Array, ""], axes: _Axes
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Return the bits of the largest of all values, and of the n-th largest of these."""
+    top = _max(lax.bitcast_convert_type(largest.max(), jnp.int32), axes)
+    return top, _search((_bits(largest),), n, jnp.zeros_like(top), top + 1, axes)
 
 
 def _search(
-    bits: Int[Array, "B K"],
+    bits: tuple[Int[Array, "_ _"], ...],
     n: int | Int[Array, ""],
     low: Int[Array, ""],
     high: Int[Array, ""],
-    axis: str | None,
+    axes: _Axes,
 ) -> Int[Array, ""]:
     """Return the largest b in [low, high) with at least n of `bits` >= b, given that it holds for low.
 
     One device halves the interval; several ask about 15 places at once, as a round costs them a reduction.
     """
-    n_parts = 2 if axis is None or lax.axis_size(axis) == 1 else 16
+    n_parts = 2 if _n_shards(axes) == 1 else 16
 
     def narrow(bounds: tuple) -> tuple:
         low, high = bounds
         width = (high - low + n_parts - 1) // n_parts
         edges = low + width * jnp.arange(1, n_parts)
-        counts = _sum(jnp.sum(bits[..., None] >= edges, axis=(0, 1), dtype=jnp.int32), axis)
+        parts = [jnp.sum(part[..., None] >= edges, axis=(0, 1), dtype=jnp.int32) for part in bits]
+        counts = _sum(functools.reduce(jnp.add, parts), axes)
         n_enough = jnp.sum((counts >= n) & (edges < high), dtype=jnp.int32)
         return low + width * n_enough, jnp.minimum(high, low + width * (n_enough + 1))
 
@@ -163,9 +237,18 @@ def _bits(values: Float[Array, "..."]) -> Int[Array, "..."]:
     return lax.bitcast_convert_type(values, jnp.int32)
 
 
-def _sum(x: Array, axis: str | None) -> Array:
-    return x if axis is None else lax.psum(x, axis)
+def _axes(axis: str | None, latent_axis: str | None) -> _Axes:
+    """Return the axes along which rows, and latents, are spread."""
+    return tuple(name for name in (axis, latent_axis) if name is not None) or None
 
 
-def _max(x: Array, axis: str | None) -> Array:
-    return x if axis is None else lax.pmax(x, axis)
+def _n_shards(axes: _Axes) -> int:
+    return 1 if axes is None else lax.axis_size(axes)
+
+
+def _sum(x: Array, axes: _Axes) -> Array:
+    return x if axes is None else lax.psum(x, axes)
+
+
+def _max(x: Array, axes: _Axes) -> Array:
+    return x if axes is None else lax.pmax(x, axes)

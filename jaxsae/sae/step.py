@@ -6,6 +6,7 @@ along "data" in one sum; nothing travels along "layer".
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -21,12 +23,14 @@ from jaxtyping import Array, Float, Int
 from jaxsae import mesh as meshes
 from jaxsae.artifacts import InputError
 from jaxsae.config import SaeConfig, TrainConfig
-from jaxsae.sae.architectures import architecture, gradients, k_slots
+from jaxsae.sae.architectures import architecture, gradients, group_sizes, k_slots, setting
 from jaxsae.sae.autoencoder import AnyArray, SaeParams, unit_rows
 from jaxsae.sae.losses import Moment, Seen, aux_loss
 from jaxsae.sae.suite import SaeSuite, fold_scale
 
 SPARSE_FROM = 64  # latents per kept one from which products by codes take less time on a CPU
+_MOMENTUM = {"adam": 0.9, "signum": 0.95}  # sparsify's for Signum
+METRICS = ("loss", "mse", "fvu", "l0", "dead")  # of a step, one number a layer
 THRESHOLD_DECAY = 0.999  # of BatchTopK's threshold at inference, an exponential average
 _FEATURE_BYTES = 2**32  # of the layers that an accelerator computes together
 _LONGEST_WAIT = 2**30  # tokens; counters of latents that never fire stop about here, before int32 overflows
@@ -56,16 +60,29 @@ class Recipe:
         """Return the tokens that all steps together see."""
         return self.total_steps * self.train.batch
 
+    @property
+    def settled_step(self) -> int:
+        """Return the step from which on k, or the weight of the sparsity penalty, stays as it is."""
+        is_annealed = self.sae.k_start is not None or not architecture(self.sae.architecture).imposes_k
+        return math.ceil(setting(self.sae, "anneal") * self.total_steps) if is_annealed else 0
+
+    @property
+    def is_folded(self) -> bool:
+        """Say whether training cannot go on from the weights that `weights_of` returns."""
+        return self.train.schedule == "schedule_free" or architecture(self.sae.architecture).is_folded
+
 
 def make_recipe(sae: SaeConfig, train: TrainConfig, *, n_layers: int, d_model: int, batches_per_epoch: int) -> Recipe:
     """Derive what the settings leave open.
 
     Raises:
-        InputError: the corpus holds less than a batch, k exceeds the latents, or the run has no step.
+        InputError: the corpus holds less than a batch, k exceeds the latents, groups do not rise to them, or the run
+            has no step.
     """
     n_latents = sae.n_latents if sae.n_latents is not None else round((sae.expansion or 0) * d_model)
     if sae.k > n_latents:
         raise InputError(f"sae.k is {sae.k} but each SAE has {n_latents} latents")
+    group_sizes(sae, n_latents)
     if batches_per_epoch < 1:
         raise InputError(f"the training tokens do not fill one batch of {train.batch}; lower train.batch")
     steps = round((train.epochs or 0) * batches_per_epoch) if train.n_tokens is None else train.n_tokens // train.batch
@@ -81,8 +98,14 @@ def make_recipe(sae: SaeConfig, train: TrainConfig, *, n_layers: int, d_model: i
         batches_per_epoch=batches_per_epoch,
         dead_tokens=max(train.batch, min(sae.dead_tokens, steps * train.batch // 5)),
         is_sparse=_is_sparse(sae, n_latents),
-        lr=train.lr if train.lr is not None else min(3e-4, 2e-4 / (n_latents / 2**14) ** 0.5),
+        lr=train.lr if train.lr is not None else _default_lr(train.optimizer, n_latents),
     )
+
+
+def _default_lr(optimizer: str, n_latents: int) -> float:
+    """Return the learning rate that falls with sqrt(F), as sparsify's do; Adam's is capped for narrow SAEs."""
+    width = (n_latents / 2**14) ** 0.5
+    return 5e-3 / width if optimizer == "signum" else min(3e-4, 2e-4 / width)
 
 
 def _is_sparse(sae: SaeConfig, n_latents: int) -> bool:
@@ -120,20 +143,46 @@ class TrainState:
     best_dead: Any
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Return one layer's optimizer; a suite maps it over layers, so that clipping does not couple them."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.train.clip_norm),
-        optax.scale_by_adam(b1=0.9, b2=0.999),
-        optax.scale_by_learning_rate(make_schedule(recipe)),
+def make_optimizer(recipe: Recipe, latent_axis: str | None = None) -> optax.GradientTransformation:
+    """Return one layer's optimizer; a suite maps it over layers, so that clipping does not couple them.
+
+    Schedule-free, the weights' average takes the place of the momentum, with its coefficient (Defazio et al. 2024,
+    arXiv:2405.15682).
+    """
+    momentum, is_free = _MOMENTUM[recipe.train.optimizer], recipe.train.schedule == "schedule_free"
+    schedule = make_schedule(recipe)
+    chained = optax.chain(
+        _clip_by_norm(recipe.train.clip_norm, latent_axis),
+        *_scaling(recipe.train.optimizer, 0.0 if is_free else momentum),
+        optax.scale_by_learning_rate(schedule),
     )
+    return optax.contrib.schedule_free(chained, schedule, b1=momentum) if is_free else chained
+
+
+def _clip_by_norm(max_norm: float, latent_axis: str | None) -> optax.GradientTransformation:
+    """Return optax's clipping by the norm of one layer's gradients, of which shards of latents hold parts."""
+    if latent_axis is None:
+        return optax.clip_by_global_norm(max_norm)
+
+    def update(grads: SaeParams, state: Any, params: Any = None) -> tuple[SaeParams, Any]:
+        parts = dataclasses.replace(grads, b_dec=None)  # b_dec alone is the same on all shards
+        norm = jnp.sqrt(lax.psum(optax.tree.norm(parts, squared=True), latent_axis) + jnp.sum(grads.b_dec**2))
+        return jax.tree.map(lambda x: jnp.where(norm < max_norm, x, x / norm * max_norm), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _scaling(optimizer: str, momentum: float) -> tuple[optax.GradientTransformation, ...]:
+    if optimizer == "signum":
+        return optax.ema(momentum, debias=False), optax.scale_by_sign()
+    return (optax.scale_by_adam(b1=momentum, b2=0.999),)
 
 
 def make_schedule(recipe: Recipe) -> optax.Schedule:
     """Return the learning rate of each step.
 
     linear: warm-up from 0, constant, then down to 0 over the last fifth. cosine: the published run's, one value an
-    epoch, lr (1 + cos(pi epoch / epochs)) / 2.
+    epoch, lr (1 + cos(pi epoch / epochs)) / 2. schedule_free: as linear, without the fall.
     """
     steps = recipe.total_steps
     if recipe.train.schedule == "cosine":
@@ -141,7 +190,8 @@ def make_schedule(recipe: Recipe) -> optax.Schedule:
         return lambda step: recipe.lr * (1 + jnp.cos(jnp.pi * (step // recipe.batches_per_epoch) / epochs)) / 2
     warmup, decay = min(recipe.train.warmup_steps, steps // 10), max(1, steps // 5)
     pieces = [optax.linear_schedule(0.0, recipe.lr, warmup)] if warmup else []
-    pieces += [optax.constant_schedule(recipe.lr), optax.linear_schedule(recipe.lr, 0.0, decay)]
+    end = recipe.lr if recipe.train.schedule == "schedule_free" else 0.0
+    pieces += [optax.constant_schedule(recipe.lr), optax.linear_schedule(recipe.lr, end, decay)]
     return optax.join_schedules(pieces, [warmup, steps - decay] if warmup else [steps - decay])
 
 
@@ -198,14 +248,63 @@ def make_step(recipe: Recipe, mesh: Mesh) -> Callable:
     Metrics of the batch, with training's encoding: loss, mse (a coordinate's, residual units), fvu (against the
     variance at the start), l0, dead (share of latents).
     """
-    step = functools.partial(train_step, recipe=recipe, optimizer=make_optimizer(recipe), axis=meshes.DATA)
-    sharded = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(meshes.BY_LAYER, meshes.BY_LAYER_AND_DATA, meshes.REPLICATED),
-        out_specs=(meshes.BY_LAYER, meshes.BY_LAYER),
-    )
-    return jax.jit(sharded, donate_argnums=0)
+    local_step = _local_step(recipe, mesh)
+
+    def take_step(
+        state: TrainState, acts: Float[Array, "L B D"], step: Int[AnyArray, ""]
+    ) -> tuple[TrainState, dict[str, Float[Array, " L"]]]:
+        specs = meshes.layer_specs(state, mesh)
+        return jax.shard_map(
+            local_step,
+            mesh=mesh,
+            in_specs=(specs, meshes.BY_LAYER_AND_DATA, meshes.REPLICATED),
+            out_specs=(specs, meshes.BY_LAYER),
+        )(state, acts, step)
+
+    return jax.jit(take_step, donate_argnums=0)
+
+
+def make_steps(recipe: Recipe, mesh: Mesh, n: int) -> Callable:
+    """Return the compiled (state, n batches [L B D], step, count) -> (state, metrics [n L] each); it donates the state.
+
+    One dispatch takes the steps `step` to before `step + count` with the first `count` of the batches, bit for bit as
+    `make_step` does one at a time; one program serves every count up to n. The batches beyond may be the same array
+    again; their metrics are NaN.
+    """
+    local_step = _local_step(recipe, mesh)
+
+    def local_steps(
+        state: TrainState, batches: tuple[Array, ...], first: Int[AnyArray, ""], count: Int[AnyArray, ""]
+    ) -> tuple[TrainState, dict[str, Float[Array, "n L"]]]:
+        acts = jnp.stack(batches)
+
+        def body(i: Int[Array, ""], carry: tuple) -> tuple:
+            state, metrics = carry
+            state, own = local_step(state, lax.dynamic_index_in_dim(acts, i, keepdims=False), first + i)
+            return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), metrics, own)
+
+        empty = jnp.broadcast_to(jnp.full_like(state.scale, jnp.nan), (n, *state.scale.shape))
+        return lax.fori_loop(0, count, body, (state, dict.fromkeys(METRICS, empty)))
+
+    def take_steps(
+        state: TrainState, batches: tuple[Array, ...], step: Int[AnyArray, ""], count: Int[AnyArray, ""]
+    ) -> tuple[TrainState, dict[str, Float[Array, "n L"]]]:
+        specs = meshes.layer_specs(state, mesh)
+        return jax.shard_map(
+            local_steps,
+            mesh=mesh,
+            in_specs=(specs, meshes.BY_LAYER_AND_DATA, meshes.REPLICATED, meshes.REPLICATED),
+            out_specs=(specs, meshes.BY_STEP_AND_LAYER),
+        )(state, batches, step, count)
+
+    return jax.jit(take_steps, donate_argnums=0)
+
+
+def _local_step(recipe: Recipe, mesh: Mesh) -> Callable:
+    """Return (state, acts, step) -> (state, metrics) of one shard of the mesh."""
+    latent_axis = meshes.latent_axis(mesh)
+    optimizer = make_optimizer(recipe, latent_axis)
+    return functools.partial(train_step, recipe=recipe, optimizer=optimizer, axis=meshes.DATA, latent_axis=latent_axis)
 
 
 def train_step(
@@ -216,11 +315,12 @@ def train_step(
     recipe: Recipe,
     optimizer: optax.GradientTransformation,
     axis: str | None,
+    latent_axis: str | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, " L"]]]:
-    """Take one step on this shard's layers and rows; with `axis=None`, on all of them."""
+    """Take one step on this shard's layers, rows and latents; where an axis is None, on all of them."""
     arch = architecture(recipe.sae.architecture)
     acts = acts.astype(jnp.float32) * state.scale[:, None, None]
-    grads, seen = _gradients(state, acts, step, recipe, axis)
+    grads, seen = _gradients(state, acts, step, recipe, axis, latent_axis)
     counts = seen.counts
     if axis is not None:
         grads, counts = lax.psum((grads, counts), axis)
@@ -232,13 +332,15 @@ def train_step(
     unit = jnp.where((step + 1) % every == 0, unit_rows(params.W_dec), params.W_dec)
     waited = jnp.minimum(state.since_fired, _LONGEST_WAIT) + recipe.train.batch
     since_fired = jnp.where(counts.fired > 0, 0, waited)
-    n_rows = recipe.train.batch
+    n_rows, n_active, dead = recipe.train.batch, counts.n_active, jnp.mean(since_fired >= recipe.dead_tokens, axis=-1)
+    if latent_axis is not None:
+        n_active, dead = lax.psum(n_active, latent_axis), lax.pmean(dead, latent_axis)
     metrics = {
         "loss": counts.loss,
         "mse": counts.squared_error / (n_rows * recipe.d_model * state.scale**2),
         "fvu": counts.squared_error / (n_rows * state.variance),
-        "l0": counts.n_active / n_rows,
-        "dead": jnp.mean(since_fired >= recipe.dead_tokens, axis=-1),
+        "l0": n_active / n_rows,
+        "dead": dead,
     }
     new_state = dataclasses.replace(
         state,
@@ -253,23 +355,30 @@ def train_step(
 
 
 def _gradients(
-    state: TrainState, acts: Float[Array, "L B D"], step: Int[Array, ""], recipe: Recipe, axis: str | None
+    state: TrainState,
+    acts: Float[Array, "L B D"],
+    step: Int[Array, ""],
+    recipe: Recipe,
+    axis: str | None,
+    latent_axis: str | None,
 ) -> tuple[SaeParams, Seen]:
     """Return this shard's gradients and what the losses saw, some layers at a time."""
     params = state.params if axis is None else jax.tree.map(lambda x: lax.pcast(x, axis, to="varying"), state.params)
     is_dead = state.since_fired >= recipe.dead_tokens
     dtype = jnp.dtype(recipe.train.dtype)
-    at = functools.partial(Moment, config=recipe.sae, axis=axis, is_sparse=recipe.is_sparse, dtype=dtype)
+    at = functools.partial(
+        Moment, config=recipe.sae, axis=axis, latent_axis=latent_axis, is_sparse=recipe.is_sparse, dtype=dtype
+    )
 
     def one_layer(layer: tuple) -> tuple[SaeParams, Seen]:
         params, acts, variance, is_dead = layer
         moment = at(variance, is_dead, step / recipe.total_steps)
         (_, seen), grads = gradients(recipe.sae.architecture, params, acts, moment)
-        if architecture(recipe.sae.architecture).imposes_k and recipe.sae.aux_coefficient > 0:
+        if architecture(recipe.sae.architecture).revives_dead and recipe.sae.aux_coefficient > 0:
             grads, seen = _with_aux(grads, seen, params, acts, moment)
         return grads, dataclasses.replace(seen, error=None)
 
-    together = _layers_at_once(recipe, acts)
+    together = _layers_at_once(acts, params.b_enc.shape[-1])
     layers = (params, acts, state.variance, is_dead)
     return lax.map(one_layer, layers, batch_size=together if together > 1 else None)
 
@@ -287,18 +396,18 @@ def _with_aux(
         aux, aux_grads = jax.value_and_grad(loss)(params)
         return jax.tree.map(jnp.add, grads, aux_grads), seen.counts.loss + aux
 
-    n_dead = moment.is_dead.sum()
+    n_dead = moment.all_latents(moment.is_dead.sum())
     which = (n_dead > 0).astype(jnp.int32) + (n_dead > acts.shape[-1] // 2)
     branches = (lambda: (grads, seen.counts.loss), lambda: added(few=True), lambda: added(few=False))
     grads, loss = lax.switch(which, branches)
     return grads, dataclasses.replace(seen, counts=dataclasses.replace(seen.counts, loss=loss))
 
 
-def _layers_at_once(recipe: Recipe, acts: Float[Array, "L B D"]) -> int:
+def _layers_at_once(acts: Float[Array, "L B D"], n_latents: int) -> int:
     """Return how many layers' features are in memory together: one on a CPU, whose caches are small, else 4 GiB."""
     if jax.default_backend() == "cpu":
         return 1
-    fitting = max(1, _FEATURE_BYTES // (4 * acts.shape[1] * recipe.n_latents))
+    fitting = max(1, _FEATURE_BYTES // (4 * acts.shape[1] * n_latents))
     return max(n for n in range(1, len(acts) + 1) if len(acts) % n == 0 and n <= fitting)
 
 
@@ -308,11 +417,26 @@ def _off_rows(gradient: Float[AnyArray, "L F D"], rows: Float[AnyArray, "L F D"]
 
 
 def weights_of(state: TrainState, recipe: Recipe, step: int) -> dict[str, Array]:
-    """Return the arrays that make a suite: weights, threshold at inference [L F], scale."""
+    """Return the arrays that make a suite: weights, threshold at inference [L F], scale.
+
+    Schedule-free, the weights are the average that the run is after, its decoder rows unit; training goes on from
+    others.
+    """
     estimated = state.threshold_sum / max(1 - THRESHOLD_DECAY**step, 1e-12)
     fold = architecture(recipe.sae.architecture).fold
-    folded = jax.vmap(lambda params, threshold: fold(params, threshold, recipe.sae))(state.params, estimated)
-    return {**folded, "scale": state.scale}
+    folded = jax.vmap(lambda params, threshold: fold(params, threshold, recipe.sae))(
+        _averaged(state, recipe), estimated
+    )
+    # A threshold that is a constant, or a layer's, does not lie where its latents do.
+    threshold = jax.device_put(folded["threshold"], state.params.b_enc.sharding)
+    return {**folded, "threshold": threshold, "scale": state.scale}
+
+
+def _averaged(state: TrainState, recipe: Recipe) -> SaeParams:
+    if recipe.train.schedule != "schedule_free":
+        return state.params
+    average = jax.vmap(optax.contrib.schedule_free_eval_params)(state.opt_state, state.params)
+    return dataclasses.replace(average, W_dec=unit_rows(average.W_dec))
 
 
 def suite_of(weights: dict[str, Array], recipe: Recipe) -> SaeSuite:
@@ -322,10 +446,13 @@ def suite_of(weights: dict[str, Array], recipe: Recipe) -> SaeSuite:
 
 @functools.partial(jax.jit, static_argnums=4)
 def keep_best(
-    state: TrainState, weights: dict[str, Array], fvu: Float[Array, " L"], step: Int[Array, ""], dead_tokens: int
+    state: TrainState, weights: dict[str, Array], fvu: Float[Array, " L"], step: Int[Array, ""], recipe: Recipe
 ) -> TrainState:
-    """Replace the best weights of the layers whose held-out FVU is their lowest so far."""
-    is_better = fvu < state.best_fvu
+    """Replace the best weights of the layers whose held-out FVU is their lowest so far.
+
+    Weights of before the end of the annealing are replaced in any case: more latents were active with them.
+    """
+    is_better = (fvu < state.best_fvu) | (state.best_step < recipe.settled_step)
 
     def choose(new: Array, old: Array) -> Array:
         return jnp.where(is_better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -335,5 +462,5 @@ def keep_best(
         best=jax.tree.map(choose, weights, state.best),
         best_fvu=choose(fvu, state.best_fvu),
         best_step=choose(jnp.broadcast_to(step, fvu.shape), state.best_step),
-        best_dead=choose(jnp.mean(state.since_fired >= dead_tokens, axis=-1), state.best_dead),
+        best_dead=choose(jnp.mean(state.since_fired >= recipe.dead_tokens, axis=-1), state.best_dead),
     )

@@ -3,6 +3,7 @@
 Weights are in the units of the residual stream: the scale that training applied to its input is folded in.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ class SaeSuite:
     """One SAE for each of L layers; without the L axis, the SAE of one layer.
 
     Attributes:
-        W_enc: [L D F].    b_enc: [L F].    W_dec: [L F D], unit rows.    b_dec: [L D].
+        W_enc: [L D F].    b_enc: [L F].    W_dec: [L F D], unit rows where jaxsae trained them.    b_dec: [L D].
         threshold: [L F], in the units of activations; what it does depends on the architecture.
         architecture: name, as in the config.
         k: latents active for a row, or on average.
@@ -57,21 +58,27 @@ class SaeSuite:
         """Return the SAE of one layer, without the L axis."""
         return jax.tree.map(lambda x: x[index], self)
 
-    def encode(self, resid: FloatArray) -> Float[Array, "..."]:
+    def encode(self, resid: FloatArray, *, latent_axis: str | None = None) -> Float[Array, "..."]:
         """Return features [L ... F] of residual streams [L ... D], each row on its own, as at inference.
 
+        Args:
+            latent_axis: inside `jax.shard_map`, the mesh axis along which this suite's latents are spread.
+
         Raises:
             InputError: the layers or the width do not fit.
         """
-        return self._each_layer(_encode, resid, self.d_model)
+        return self._each_layer(functools.partial(_encode, latent_axis=latent_axis), resid, self.d_model)
 
-    def decode(self, feats: FloatArray) -> Float[Array, "..."]:
+    def decode(self, feats: FloatArray, *, latent_axis: str | None = None) -> Float[Array, "..."]:
         """Return the reconstruction [L ... D] of features [L ... F].
 
+        Args:
+            latent_axis: as for `encode`; the features are this shard's, the reconstruction is the whole one.
+
         Raises:
             InputError: the layers or the width do not fit.
         """
-        return self._each_layer(_decode, feats, self.n_latents)
+        return self._each_layer(functools.partial(_decode, latent_axis=latent_axis), feats, self.n_latents)
 
     def encode_topk(self, resid: FloatArray, k: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
         """Return (ids, activations) [L ... K] of the k largest features, descending; id -1 where fewer are active."""
@@ -95,14 +102,14 @@ def params_of(suite: SaeSuite) -> SaeParams:
     return SaeParams(suite.W_enc, suite.b_enc, suite.W_dec, suite.b_dec)
 
 
-def _encode(sae: SaeSuite, acts: Float[Array, "B D"]) -> Float[Array, "B F"]:
+def _encode(sae: SaeSuite, acts: Float[Array, "B D"], *, latent_axis: str | None) -> Float[Array, "B F"]:
     arch = architecture(sae.architecture)
     pre = pre_activations(params_of(sae), acts, centres_input=arch.centres_input)
-    return arch.encode(pre, sae.k, sae.threshold)
+    return arch.encode(pre, sae.k, sae.threshold, latent_axis)
 
 
-def _decode(sae: SaeSuite, feats: Float[Array, "B F"]) -> Float[Array, "B D"]:
-    return decode(params_of(sae), feats)
+def _decode(sae: SaeSuite, feats: Float[Array, "B F"], *, latent_axis: str | None) -> Float[Array, "B D"]:
+    return decode(params_of(sae), feats, axis=latent_axis)
 
 
 def fold_scale(weights: dict[str, Any], *, architecture: str, k: int) -> SaeSuite:

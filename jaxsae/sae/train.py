@@ -5,7 +5,6 @@ depends on, and the source is a pure function of its position.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -21,10 +19,10 @@ from jaxsae import mesh as meshes
 from jaxsae.artifacts import InputError
 from jaxsae.sae import evaluate
 from jaxsae.sae.architectures import architecture
-from jaxsae.sae.autoencoder import SaeParams, pre_activations
+from jaxsae.sae.autoencoder import AnyArray, SaeParams
 from jaxsae.sae.checkpoint import Checkpoints, load
-from jaxsae.sae.step import Recipe, TrainState, init_state, keep_best, make_step, suite_of, weights_of
-from jaxsae.sae.suite import SaeSuite, params_of
+from jaxsae.sae.step import Recipe, TrainState, init_state, keep_best, make_step, make_steps, suite_of, weights_of
+from jaxsae.sae.suite import SaeSuite
 
 INIT_ROWS = 16_384  # training rows behind mean, scale and variance
 _FETCH_STEPS = 16  # steps whose metrics are fetched together, so that the host does not wait for each
@@ -32,15 +30,27 @@ _FETCH_STEPS = 16  # steps whose metrics are fetched together, so that the host 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where activations come from; `next` is a function of its state alone."""
+    """Where activations come from; `next` is a function of its state alone.
+
+    Batches are this process's layers on the host, or all layers, padded to the mesh, on the devices.
+    """
 
     batches_per_epoch: int
     n_train_tokens: int
 
     def init(self) -> dict[str, int]: ...
-    def next(self, state: dict[str, int]) -> tuple[dict[str, int], Float[np.ndarray, "L B D"]]: ...
+    def next(self, state: dict[str, int]) -> tuple[dict[str, int], Float[AnyArray, "L B D"]]: ...
     def sample(self, n: int, *, seed: int) -> Float[np.ndarray, "L N D"]: ...
-    def held_out_batches(self, batch: int) -> Iterator[Float[np.ndarray, "L _ D"]]: ...
+    def held_out_batches(self, batch: int) -> Iterator[Float[AnyArray, "L _ D"]]: ...
+
+
+@runtime_checkable
+class BufferedSource(Source, Protocol):
+    """A source with arrays on the devices that its state alone would be slow to make again; checkpoints keep them."""
+
+    def arrays(self, state: dict[str, int]) -> dict[str, Array]: ...
+    def abstract_arrays(self) -> dict[str, jax.ShapeDtypeStruct]: ...
+    def restore(self, state: dict[str, int], arrays: dict[str, Array]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +74,25 @@ class Trainer:
         )
         fresh = init_state(recipe, meshes.pad_layers(sample, mesh), seed)
         self.state, self.step, self.reader = meshes.put_layers(fresh, mesh), 0, source.init()
-        latest = checkpoints.latest_step()
-        if latest is not None:
-            trees, self.reader = checkpoints.restore(latest, _trees(self.state, recipe, 0))
-            self.state, self.step = _from_trees(trees, self.state, recipe), latest
-        self._take_step = make_step(recipe, mesh)
-        self._row_sums = evaluate.make_row_sums(mesh)
-        self._pending: list[tuple[int, dict[str, Array]]] = []
+        self._resume()
+        together = recipe.train.steps_per_dispatch
+        self._take_steps = make_steps(recipe, mesh, together) if together > 1 else make_step(recipe, mesh)
+        self._row_sums, self._bit_counts = evaluate.make_row_sums(mesh), evaluate.make_bit_counts(mesh)
+        self._pending: list[tuple[range, dict[str, Array]]] = []
+
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        latest = self.checkpoints.latest_step()
+        if latest is None:
+            return
+        like = _trees(self.state, self.recipe, 0)
+        buffered = self.source if isinstance(self.source, BufferedSource) and latest < self.recipe.total_steps else None
+        if buffered is not None:
+            like["buffer"] = buffered.abstract_arrays()
+        trees, self.reader = self.checkpoints.restore(latest, like)
+        self.state, self.step = _from_trees(trees, self.state, self.recipe), latest
+        if buffered is not None:
+            buffered.restore(self.reader, trees["buffer"])
 
     def run(
         self,
@@ -91,15 +113,16 @@ class Trainer:
         """
         recipe, total, every = self.recipe, self.recipe.total_steps, self.recipe.train
         while self.step < total:
+            before = self.step
             self._advance()
-            stop = self._must_stop(should_stop)
+            stop = self._must_stop(should_stop, before)
             if self.step % every.evaluate_every == 0 or self.step == total:
                 numbers = self._evaluate()
                 on_evaluation(self.step, numbers)
                 on_step(self.step, _note(numbers))
             if self.step < total and (self.step % every.checkpoint_every == 0 or stop):
-                self._save(_trees(self.state, recipe, self.step))
-            if len(self._pending) >= _FETCH_STEPS:
+                self._save(_trees(self.state, recipe, self.step) | self._buffer())
+            if sum(len(steps) for steps, _ in self._pending) >= _FETCH_STEPS:
                 on_step(self.step, _note(self._fetch()))
             if stop and self.step < total:
                 return Outcome(self.step, total, is_finished=False)
@@ -107,32 +130,46 @@ class Trainer:
             self._finish()
         return Outcome(self.step, total, is_finished=True)
 
-    def _must_stop(self, should_stop: Callable[[], bool]) -> bool:
+    def _must_stop(self, should_stop: Callable[[], bool], before: int) -> bool:
         """Ask; several processes agree only now and then, since each agreement waits for all devices."""
-        if jax.process_count() > 1 and self.step % _FETCH_STEPS:
+        if jax.process_count() > 1 and self.step // _FETCH_STEPS == before // _FETCH_STEPS:
             return False
         return meshes.global_any(should_stop())
 
     def _advance(self) -> None:
-        self.reader, acts = self.source.next(self.reader)
-        batch = meshes.put_batch(acts, self.layers, self.recipe.n_layers, self.mesh)
-        self.state, metrics = self._take_step(self.state, batch, np.int32(self.step))
-        self.step += 1
-        self._pending.append((self.step, metrics))
+        """Take the steps of one dispatch, which ends where something is to be done; they equal single ones."""
+        settings = self.recipe.train
+        ends = (settings.evaluate_every, settings.checkpoint_every)
+        count = min(
+            settings.steps_per_dispatch, self.recipe.total_steps - self.step, *(end - self.step % end for end in ends)
+        )
+        batches = []
+        for _ in range(count):
+            self.reader, acts = self.source.next(self.reader)
+            batches.append(meshes.put_batch(acts, self.layers, self.recipe.n_layers, self.mesh))
+        if settings.steps_per_dispatch == 1:
+            self.state, metrics = self._take_steps(self.state, batches[0], np.int32(self.step))
+        else:
+            batches += batches[-1:] * (settings.steps_per_dispatch - count)
+            self.state, metrics = self._take_steps(self.state, tuple(batches), np.int32(self.step), np.int32(count))
+        self._pending.append((range(self.step + 1, self.step + count + 1), metrics))
+        self.step += count
 
     def _fetch(self) -> dict[str, np.ndarray]:
         """Fetch the pending steps' metrics and return the last one's, of the real layers."""
-        steps, metrics = zip(*self._pending, strict=True)
+        dispatches, metrics = zip(*self._pending, strict=True)
         self._pending = []
-        fetched = [{name: x[: self.recipe.n_layers] for name, x in row.items()} for row in meshes.fetch(list(metrics))]
-        for step, row in zip(steps, fetched, strict=True):
-            if not np.isfinite(row["loss"]).all():
-                layer = int(np.flatnonzero(~np.isfinite(row["loss"]))[0])
-                raise InputError(
-                    f"the loss of layer {layer} is {row['loss'][layer]} at step {step}; the activations are not finite "
-                    "or train.lr is too high: lower it, or run jaxsae extract again"
-                )
-        return fetched[-1]
+        fetched = jax.tree.map(np.atleast_2d, meshes.fetch(list(metrics)))
+        for steps, rows in zip(dispatches, fetched, strict=True):
+            for step, loss in zip(steps, rows["loss"][:, : self.recipe.n_layers], strict=False):
+                if not np.isfinite(loss).all():
+                    layer = int(np.flatnonzero(~np.isfinite(loss))[0])
+                    raise InputError(
+                        f"the loss of layer {layer} is {loss[layer]} at step {step}; the activations are not finite or "
+                        "train.lr is too high: lower it, or run jaxsae extract again"
+                    )
+        last = len(dispatches[-1]) - 1
+        return {name: rows[last, : self.recipe.n_layers] for name, rows in fetched[-1].items()}
 
     def _evaluate(self) -> dict[str, np.ndarray]:
         batch_metrics = self._fetch()
@@ -146,7 +183,7 @@ class Trainer:
                 "again"
             )
         fvu = meshes.put_layers(meshes.pad_layers(quality.fvu.astype(np.float32), self.mesh), self.mesh)
-        self.state = keep_best(self.state, weights, fvu, np.int32(self.step), self.recipe.dead_tokens)
+        self.state = keep_best(self.state, weights, fvu, np.int32(self.step), self.recipe)
         numbers = {"fvu": quality.fvu, "mse": quality.mse, "l0": quality.l0}
         return numbers | {"loss": batch_metrics["loss"], "dead": batch_metrics["dead"], "l0_train": batch_metrics["l0"]}
 
@@ -163,27 +200,21 @@ class Trainer:
             mesh=self.mesh,
         )
 
-    def measure_best(self) -> dict[str, np.ndarray]:
-        """Measure each layer's best SAE as it was saved; return one number a layer for each name.
+    def measure_best(self) -> tuple[evaluate.Quality, dict[str, np.ndarray]]:
+        """Measure each layer's best SAE as it was saved; return its quality, and one number a layer for each name.
 
-        `l0_train` is the sparsity that training imposed (k), or that of the evaluation; `dead` the share of latents
-        that had not fired for `Recipe.dead_tokens` training tokens when the best weights were kept.
+        Beside those of the quality: `l0_train` is the sparsity that training imposed (k), or that of the evaluation;
+        `dead` the share of latents that had not fired for `Recipe.dead_tokens` training tokens when the best weights
+        were kept, at `best_step`.
         """
-        saved = load(self.checkpoints.directory)
-        suite = jax.tree.map(lambda x: meshes.put_layers(meshes.pad_layers(x, self.mesh), self.mesh), saved)
-        quality = self.measure(suite)
-        state = meshes.fetch({"dead": self.state.best_dead, "step": self.state.best_step})
+        quality = self.measure(evaluate.place(load(self.checkpoints.directory), self.mesh))
+        state = meshes.fetch({"dead": self.state.best_dead, "best_step": self.state.best_step})
         imposes_k = architecture(self.recipe.sae.architecture).imposes_k
-        return {
-            "mse": quality.mse,
-            "fvu": quality.fvu,
-            "l0_train": np.full_like(quality.l0, self.recipe.sae.k) if imposes_k else quality.l0,
-            "l0_inference": quality.l0,
-            "dead": state["dead"][: self.recipe.n_layers],
-            "best_step": state["step"][: self.recipe.n_layers],
-        }
+        numbers = {name: values[: self.recipe.n_layers] for name, values in state.items()}
+        numbers["l0_train"] = np.full_like(quality.l0, self.recipe.sae.k) if imposes_k else quality.l0
+        return quality, quality.by_layer() | numbers
 
-    def held_out(self) -> Iterator[Float[np.ndarray, "L _ D"]]:
+    def held_out(self) -> Iterator[Float[AnyArray, "L _ D"]]:
         """Yield the held-out rows that every evaluation uses."""
         batch = self.recipe.train.batch
         n_batches = max(1, self.recipe.train.evaluate_tokens // batch)
@@ -194,6 +225,10 @@ class Trainer:
             self._fetch()
         self.checkpoints.save(self.step, trees, self.reader)
 
+    def _buffer(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the source, beside its position."""
+        return {"buffer": self.source.arrays(self.reader)} if isinstance(self.source, BufferedSource) else {}
+
     def _finish(self) -> None:
         """Set BatchTopK's thresholds so that held-out tokens have k active latents on average, and save."""
         trees = _trees(self.state, self.recipe, self.step)
@@ -203,37 +238,22 @@ class Trainer:
         self._save(trees)
 
     def _calibrated(self, weights: dict[str, Array]) -> Float[Array, "L F"]:
-        params = params_of(suite_of(weights, self.recipe))
-
-        def batches(largest: Callable) -> Iterator[np.ndarray]:
-            for acts in self.held_out():
-                rows = acts[:, : acts.shape[1] - acts.shape[1] % self.mesh.shape[meshes.DATA]]
-                placed = meshes.put_batch(rows, self.layers, self.recipe.n_layers, self.mesh)
-                yield meshes.fetch(largest(params, placed))
-
-        kept_per_row, is_exact = 2 * self.recipe.sae.k, False
-        while not is_exact:
-            kept_per_row *= 2
-            largest = batches(_make_largest(self.mesh, kept_per_row))
-            thresholds, is_exact = evaluate.l0_thresholds(largest, self.recipe.sae.k, kept_per_row=kept_per_row)
-            is_exact |= kept_per_row >= self.recipe.n_latents
-        in_trained_units = meshes.put_layers(thresholds.astype(np.float32), self.mesh) * weights["scale"]
-        return jnp.zeros_like(weights["b_enc"]) + in_trained_units[:, None]
+        thresholds = evaluate.thresholds_for_k(
+            self._bit_counts,
+            suite_of(weights, self.recipe),
+            self.held_out,
+            self.recipe.sae.k,
+            batch=self.recipe.train.batch,
+            layers=self.layers,
+            n_layers=self.recipe.n_layers,
+            mesh=self.mesh,
+        )
+        placed = meshes.put_layers(meshes.pad_layers(thresholds, self.mesh), self.mesh)
+        return jnp.zeros_like(weights["b_enc"]) + (placed * weights["scale"])[:, None]
 
 
 def _note(numbers: dict[str, np.ndarray]) -> str:
     return f"fvu {np.mean(numbers['fvu']):.4f}, dead {np.mean(numbers['dead']):.1%}"
-
-
-def _make_largest(mesh: Mesh, n: int) -> Callable:
-    """Return the compiled (params, acts) -> each row's n largest pre-activations [L B n]."""
-
-    def largest(params: SaeParams, acts: Float[Array, "L B D"]) -> Float[Array, "L B K"]:
-        pre = jax.vmap(functools.partial(pre_activations, centres_input=True))(params, acts.astype(jnp.float32))
-        return lax.top_k(pre, min(n, pre.shape[-1]))[0]
-
-    specs = (meshes.BY_LAYER, meshes.BY_LAYER_AND_DATA)
-    return jax.jit(jax.shard_map(largest, mesh=mesh, in_specs=specs, out_specs=meshes.BY_LAYER_AND_DATA))
 
 
 _STATE_ONLY = ("since_fired", "threshold_sum", "mean", "variance", "best_fvu", "best_step", "best_dead")
@@ -259,8 +279,7 @@ def _from_trees(trees: dict[str, Any], like: TrainState, recipe: Recipe) -> Trai
 
 def _kept_fields(recipe: Recipe) -> dict[str, str]:
     """Return the pytrees that only training needs; the weights are one where those in `last` are not the same."""
-    is_folded = architecture(recipe.sae.architecture).is_folded
-    return {"optimizer": "opt_state"} | ({"params": "params"} if is_folded else {})
+    return {"optimizer": "opt_state"} | ({"params": "params"} if recipe.is_folded else {})
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -12,9 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from turns import Seconds, take_turns
 
 from jaxsae.models import decoder, families, generate
 
-N_TURNS = 5
-PAUSE = 0.5  # seconds before each; OpenMP's idle threads spin for 0.2 and would take the other library's cores
 N_FORWARD = (8, 128)  # rows and tokens
 N_PROMPT, N_NEW = 32, 32
 MODELS: dict[str, dict[str, Any]] = {
@@ -62,19 +59,6 @@ class Row:
     @property
     def ratio(self) -> float:
         return self.jaxsae / self.transformers
-
-
-def take_turns(**tasks: Callable[[], Any]) -> dict[str, float]:
-    """Return the median seconds of each task; the first turn, which compiles, does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for turn in range(N_TURNS + 1):
-        for name, task in tasks.items():
-            time.sleep(PAUSE)
-            began = time.perf_counter()
-            task()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def bench(name: str) -> Iterator[Row]:
@@ -122,7 +106,7 @@ def _bench_reading(
     )
     n_products = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]))
     n_products += config.n_vocab * config.d_model if has_head else 0
-    share = (n_products / square.size) * seconds["limit"] / seconds["ours"]
+    share = (n_products / square.size) * seconds["limit"].median / seconds["ours"].median
     return Row(name, task, *_speeds(token_ids.size, seconds), share)
 
 
@@ -142,12 +126,12 @@ def bench_generate(name: str, config: Any, params: Any, reference: Any, n_rows: 
         theirs=theirs,
         limit=lambda: total(flat).block_until_ready(),
     )
-    share = N_NEW * seconds["limit"] / seconds["ours"]
+    share = N_NEW * seconds["limit"].median / seconds["ours"].median
     return Row(name, f"generate, batch {n_rows}", *_speeds(n_rows * N_NEW, seconds), share)
 
 
-def _speeds(n_tokens: int, seconds: dict[str, float]) -> tuple[float, float]:
-    return n_tokens / seconds["ours"], n_tokens / seconds["theirs"]
+def _speeds(n_tokens: int, seconds: dict[str, Seconds]) -> tuple[float, float]:
+    return n_tokens / seconds["ours"].median, n_tokens / seconds["theirs"].median
 
 
 def main(dir: Path, names: list[str]) -> None:

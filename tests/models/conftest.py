@@ -1,6 +1,9 @@
 """Tiny language models with every weight random, of ours and of transformers, made without a network."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +169,30 @@ def train_tokenizer():
         return tokenizer
 
     return train
+
+
+@pytest.fixture
+def measure_peak():
+    """Return a function of a source and a sharding: what peak_memory.py, beside this file, measures of it."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads anonymous memory from Linux's /proc")
+
+    def measure(source, sharding):
+        command = [sys.executable, str(Path(__file__).with_name("peak_memory.py")), str(source), sharding]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        return json.loads(shown.stdout)
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Return texts that tokenizers stumble over: spaces, digits, accents, scripts, emoji, code and markup."""
+    return [
+        "The capital of France is Paris.", "", " ", "   ", "a", " a", "  a", "a  b", "a\nb", "a \n b", "\n\n", "\t x\t",
+        "it's we'll I'M THEY'RE", "1", "12", "123456", "3.14159", "a1b22c333", "x  12 345", "in 1999, 2,000.50$",
+        "Déjà vu", "De\u0301ja\u0300", "naïve façade", "Straße", "Ελλάδα", "Москва", "東京都 に", "한국어", "مرحبا",
+        "🙂🙃 👩‍👩‍👧",
+        "def f(x):\n    return x ** 2  # square\n", "<p class='x'>&amp;</p>", "{\"a\": [1, 2]}", "http://a.b/c?d=e&f=1",
+        "...!!!???", "--- *** ___", "½ ² Ⅻ ٣", "\u00a0nbsp\u3000wide", "<|im_start|>user\nhi<|im_end|>", "ab<s>cd",
+    ]  # fmt: skip

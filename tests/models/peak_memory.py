@@ -1,7 +1,8 @@
-"""Load a model and print what it costs in anonymous memory, for a test that runs this in a process of its own.
+"""Read a model's weights and print what that costs in anonymous memory; a test runs this in a process of its own.
 
 `python peak_memory.py SOURCE SHARDING` prints JSON: `peak`, bytes above what the process held before; `held`, the bytes
-of the weights; `largest`, those of the largest one, or of one device's part of it where SHARDING is "split".
+of the weights; `largest`, those of the largest one, or of one device's part of it where SHARDING is "split". What a
+model costs beside its weights stands before the count: imports, the file's metadata, the tokenizer.
 """
 
 import json
@@ -14,7 +15,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
 from jaxsae import mesh as meshes  # noqa: E402 (the devices come first)
-from jaxsae import models  # noqa: E402
+from jaxsae.models import checkpoints, weights  # noqa: E402
 
 
 def anonymous_bytes():
@@ -23,9 +24,8 @@ def anonymous_bytes():
     return 1024 * int(line.split()[1])
 
 
-def main(source, sharding):
-    mesh = meshes.make_mesh(4) if sharding == "split" else None
-    jax.block_until_ready(jax.device_put(0.0))
+def read_watched(read):
+    """Return what `read` returns, and the most bytes held meanwhile above those before."""
     before = highest = anonymous_bytes()
     done = threading.Event()
 
@@ -36,13 +36,25 @@ def main(source, sharding):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    lm = models.load(source, mesh=mesh, sharding=sharding)
+    outcome = read()
     done.set()
     watcher.join()
-    leaves = jax.tree.leaves(lm.params)
+    return outcome, highest - before
+
+
+def main(source, sharding):
+    mesh = meshes.make_mesh(4) if sharding == "split" else None
+    jax.block_until_ready(jax.device_put(0.0))
+    with checkpoints.open_checkpoint(checkpoints.locate(source)[0]) as checkpoint:
+        config = weights.read_config(checkpoint)
+        tokenizer = checkpoint.make_tokenizer(config.n_vocab)  # held to the end, as a loaded model does
+        placed = {"dtype": "float32", "mesh": mesh, "sharding": sharding}
+        params, peak = read_watched(lambda: weights.read_params(checkpoint, config, **placed))
+        del tokenizer
+    leaves = jax.tree.leaves(params)
     parts = [max(part.data.nbytes for part in leaf.addressable_shards) for leaf in leaves]
     held = sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards)
-    print(json.dumps({"peak": highest - before, "held": held, "largest": max(parts)}))
+    print(json.dumps({"peak": peak, "held": held, "largest": max(parts)}))
 
 
 if __name__ == "__main__":

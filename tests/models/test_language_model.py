@@ -1,12 +1,9 @@
-"""What a loaded model checks at its door, and the tokenizer that comes with it."""
-
-import json
+"""What a loaded model checks at its door."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 from jaxsae import models
 from jaxsae.artifacts import InputError
@@ -91,77 +88,6 @@ def test_logits_from__refuses_a_layer_the_model_does_not_have(lm, layer):
 def test_logits_from__refuses_a_residual_of_another_width(lm):
     with pytest.raises(InputError, match=r"resid has shape \[2, 5, 23\], .* asks for \[B, T, 24\]"):
         lm.logits_from(0, jnp.zeros((2, 5, 23)))
-
-
-def test_tokenizer__of_a_folder_reads_and_writes_text(write_model, train_tokenizer):
-    folder, _ = write_model(vocab_size=300)
-    exact = train_tokenizer(folder, 270)
-    tokenizer = models.load(folder).tokenizer
-    text = "Hello world. The dog ran.\nÄh?"
-    assert tokenizer.encode(text) == exact.encode(text).ids
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.eos_token_id == exact.token_to_id("<|endoftext|>") == 0
-
-
-def test_tokenizer__vocab_and_merges_are_enough(tmp_path, write_model, train_tokenizer):
-    folder, _ = write_model(vocab_size=300)
-    exact = train_tokenizer(tmp_path / "elsewhere", 270)
-    exact.model.save(str(folder))
-    assert not (folder / "tokenizer.json").exists()
-    tokenizer = models.load(folder).tokenizer
-    assert tokenizer.encode("Hello world. The cat") == exact.encode("Hello world. The cat").ids
-
-
-@pytest.mark.parametrize("special", [(), ("<|endoftext|>",)])
-def test_tokenizer__a_file_with_no_end_of_text_token_gets_none_invented(write_model, train_tokenizer, special):
-    folder, _ = write_model(vocab_size=270)
-    train_tokenizer(folder, 270, special)
-    tokenizer = models.load(folder).tokenizer
-    assert len(tokenizer) == 270
-    assert tokenizer.eos_token_id == (0 if special else None)
-
-
-def test_tokenizer__that_is_no_bpe_is_followed_to_the_letter(write_model):
-    folder, _ = write_model()
-    words = tokenizers.models.WordLevel({"the": 0, "cat": 1, "sat": 2, "[UNK]": 3}, unk_token="[UNK]")
-    exact = tokenizers.Tokenizer(words)
-    exact.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    exact.save(str(folder / "tokenizer.json"))
-    assert models.load(folder).tokenizer.encode("the cat sat down") == [0, 1, 2, 3]
-
-
-def test_tokenizer__with_ids_beyond_the_vocabulary_does_not_fit(write_model, train_tokenizer):
-    folder, _ = write_model(vocab_size=269)
-    train_tokenizer(folder, 270)
-    with pytest.raises(InputError, match="tokenizer does not fit: its largest id is 269, the model's 268"):
-        models.load(folder)
-
-
-def test_tokenizer__that_encodes_everything_to_nothing_does_not_fit(write_model):
-    folder, _ = write_model()
-    exact = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"qqq": 0}, merges=[]))
-    exact.save(str(folder / "tokenizer.json"))
-    with pytest.raises(InputError, match="tokenizer does not fit: it encodes every text to no token"):
-        models.load(folder)
-
-
-def test_tokenizer__byte_level_that_does_not_give_a_text_back_does_not_fit(write_model, train_tokenizer):
-    folder, _ = write_model(vocab_size=300)
-    exact = train_tokenizer(folder, 270)
-    exact.normalizer = tokenizers.normalizers.Lowercase()
-    exact.save(str(folder / "tokenizer.json"))
-    with pytest.raises(InputError, match=r"tokenizer does not fit: 'Déjà vu.*comes back from its tokens as 'déjà vu"):
-        models.load(folder)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"model": {"type": "X"}})])
-def test_tokenizer__a_damaged_file_is_one_line(write_model, text):
-    folder, _ = write_model()
-    (folder / "tokenizer.json").write_text(text)
-    with pytest.raises(InputError, match="the tokenizer cannot be read") as caught:
-        models.load(folder)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_fingerprint__follows_the_tokenizer(write_model, train_tokenizer):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -334,17 +333,13 @@ def test_load__eos_ids_come_from_config_and_generation_config(write_model):
         models.load(folder)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from Linux's /proc")
 @pytest.mark.parametrize("sharding", ["replicated", "split"])
-def test_load__holds_little_more_than_the_model(tmp_path, sharding):
+def test_load__holds_little_more_than_the_weights(tmp_path, measure_peak, sharding):
     config = gpt2.GPT2Config(vocab_size=30_011, n_positions=64, n_embd=768, n_layer=6, n_head=8)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), decoder.abstract_params(config))
     weights.save(tmp_path, config, params)
-    script = Path(__file__).with_name("peak_memory.py")
-    command = [sys.executable, str(script), str(tmp_path), sharding]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found = json.loads(shown.stdout)
+    found = measure_peak(tmp_path, sharding)
     assert found["held"] > 250e6
     assert found["peak"] <= found["held"] + 1.2 * found["largest"]
 

@@ -22,7 +22,7 @@ from jaxsae.pipeline import costs, plan, rates, sizes
 from jaxsae.pipeline.costs import Need, Work
 from jaxsae.pipeline.plan import Limits
 from jaxsae.pipeline.rates import Rates
-from jaxsae.pipeline.stages import STAGES, tree_bytes
+from jaxsae.pipeline.stages import STAGES, stages_of, tree_bytes
 from jaxsae.sae import step as steps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -248,9 +248,10 @@ def test_seconds__are_the_sum_of_work_over_its_share_of_a_rate():
     assert (work + work).seconds(RATES) == pytest.approx(2 * expected)
 
 
-def test_step__is_five_dense_products_of_every_layer():
-    job = job_of(parse())
-    assert costs._train_step(job).sae_flops == 5 * 2 * 1024 * 128 * 512 * 6
+@pytest.mark.parametrize(("compute", "n_products"), [("dense", 5), ("sparse", 1)])
+def test_step__is_five_dense_products_of_every_layer__or_one_by_kept_latents(compute, n_products):
+    job = job_of(parse(f"--config.sae.compute={compute}"))
+    assert costs._train_step(job).sae_flops == n_products * 2 * 1024 * 128 * 512 * 6
 
 
 def test_devices__share_the_layers_and_the_rows():
@@ -297,7 +298,7 @@ def test_questions__that_are_unset_are_assumed():
 def test_sources__have_every_stage_in_order():
     for source in settings._CHOICES["activations.source"]:
         changed = parse(f"--config.activations.source={source}")
-        assert [need.stage for need in costs.needs(job_of(changed))] == list(STAGES)
+        assert [need.stage for need in costs.needs(job_of(changed))] == list(stages_of(changed))
 
 
 def test_description__has_a_row_for_each_stage_and_one_for_all():

@@ -101,7 +101,7 @@ def test_two_processes__speak_with_one_voice(twofold):
         assert "done in" not in said[command, 1]
         assert (run.workdir / "manifests" / f"{command}.json").exists()
     assert "3 x 1 devices" not in said["train", 0]
-    assert "6 x 1 devices (layer x data), from step 0" in said["train", 0]
+    assert "6 x 1 x 1 devices (layer x data x latent), from step 0" in said["train", 0]
 
 
 def test_two_processes__leave_a_run_that_one_process_can_go_on_with(twofold, caplog):

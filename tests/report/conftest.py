@@ -56,6 +56,16 @@ def sae_rows(n_layers: int) -> list[dict]:
             "l0_inference": 7.4 + u[2],
             "dead": 0.02 + 0.05 * u[3],
             "delta_ce": 0.02 + 0.1 * u[0],
+            "explained_variance_legacy": 0.97 - 0.03 * layer / n_layers,
+            "dead_held_out": 0.03 + 0.05 * u[3],
+            "ce_recovered": 0.99 - 0.01 * u[0],
+            "crowding_mean": 0.43 + 0.01 * u[1],
+            "crowding_p05": 0.31,
+            "crowding_p25": 0.37,
+            "crowding_median": 0.41 + 0.02 * u[1],
+            "crowding_p75": 0.47,
+            "crowding_p95": 0.66,
+            "crowding_max": 0.93 + 0.05 * u[2],
             "delta_ce_zero": 7.9 + u[1],
             "delta_ce_mean": 5.1 + u[2],
             "kl": 0.03 + 0.1 * u[3],
@@ -63,6 +73,14 @@ def sae_rows(n_layers: int) -> list[dict]:
         }
         for layer, u in enumerate(noise)
     ]
+
+
+def density(n_layers: int) -> dict:
+    """Firing rates of 512 latents a layer around 1 token in 64, seen on 65,536 tokens."""
+    rng = np.random.default_rng(4)
+    edges = np.arange(-20, 1) / 4
+    rates = np.clip(rng.normal(-1.8, 0.5, size=(n_layers, 490)), edges[0], 0)
+    return {"log10_edges": edges.tolist(), "counts": [np.histogram(row, edges)[0].tolist() for row in rates]}
 
 
 def history_rows(n_layers: int, n_evaluations: int) -> list[dict]:
@@ -145,9 +163,20 @@ def report_inputs(n_layers: int = 6, n_evaluations: int = 30, n_answers: int = 6
         config={"seed": 0, "sae": {"k": 8, "n_latents": 512}, "questions": {"prompt": "Q: {question}\nA:"}},
         host={"machine": "x86_64", "cores": 2, "versions": {"jax": "0.10.2", "numpy": "2.4.6"}},
         model={"name": "demo_gpt2", "n_layers": n_layers, "d_model": 128, "n_vocab": 2711, "n_parameters": 1234567},
-        sae_spec={"architecture": "topk", "n_latents": 512, "k": 8, "tokens": 3072000, "steps": 3000, "batch": 1024},
+        sae_spec={
+            "architecture": "topk",
+            "n_latents": 512,
+            "k": 8,
+            "tokens": 3072000,
+            "steps": 3000,
+            "batch": 1024,
+            "dead_tokens": 614400,
+        },
         phases=[dict(zip(keys, phase, strict=True)) for phase in phases],
         sae=sae_rows(n_layers),
+        held_out_tokens=65_536,
+        density=density(n_layers),
+        crowding_random=0.262,
         history=history_rows(n_layers, n_evaluations),
         detection=[detection_row(*detector) for detector in DETECTORS],
         canary={"auroc": 0.497, "ci_low": 0.472, "ci_high": 0.521},

@@ -1,7 +1,9 @@
+import dataclasses
 import re
 
 import numpy as np
 import pytest
+from matplotlib.patches import StepPatch
 
 from jaxsae.report import figures
 
@@ -65,7 +67,7 @@ def test_draw__needs_both_classes_for_curves_and_probabilities_for_calibration(m
 def test_svg__has_no_links_out_and_ids_of_its_own(make_inputs):
     rest = {"history": (), "detection": (), "predictions": {}}
     charts = figures.draw(make_inputs(**rest))
-    assert set(charts) == {"sae_layers", "tracks_1_right", "tracks_2_wrong"}
+    assert set(charts) == {"sae_layers", "sae_density", "sae_crowding", "tracks_1_right", "tracks_2_wrong"}
     ids = [found for chart in charts.values() for found in re.findall(r'\bid="([^"]+)"', chart.svg)]
     assert len(ids) == len(set(ids))
     for name, chart in charts.items():
@@ -103,3 +105,46 @@ def test_auroc_forest__explains_only_the_marks_it_draws(make_inputs):
     assert "diamond: the method; square: the best simple baseline; cross: the noise canary" in full.caption
     bare = figures.draw(make_inputs(**rest, canary=None, method=None, best_baseline=None))["auroc"]
     assert bare.caption == "AUROC with 95% intervals (bootstrap over groups)."
+
+
+def test_density_ridges__name_the_mean_rate__and_need_a_latent_that_fires(make_inputs):
+    rest = {"history": (), "detection": (), "predictions": {}, "examples": ()}
+    rows = [{"layer": layer, "l0_inference": l0} for layer, l0 in enumerate((6.0, 10.0))]
+    density = {"log10_edges": [-0.5, -0.25, 0.0], "counts": [[3, 0], [0, 1]]}
+    inputs = make_inputs(sae=rows, density=density, sae_spec={"n_latents": 512}, **rest)
+    charts = figures.draw(inputs)
+    assert "Dotted: the mean rate, 1 token in 64." in charts["sae_density"].caption
+    assert "of 2 layers" in charts["sae_density"].alt
+    unknown = figures.draw(dataclasses.replace(inputs, sae_spec={}))
+    assert "Dotted" not in unknown["sae_density"].caption
+    silent = {"log10_edges": [-0.5, 0.0], "counts": [[0], [0]]}
+    assert "sae_density" not in figures.draw(dataclasses.replace(inputs, density=silent))
+
+
+def test_density_ridges__draw_the_histograms_to_one_scale(make_inputs):
+    counts = [[0, 8, 2], [4, 0, 0]]
+    density = {"log10_edges": [-0.75, -0.5, -0.25, 0.0], "counts": counts}
+    figure, _, _ = figures.density_ridges(make_inputs(n_layers=2, density=density))
+    patches = [patch for patch in figure.axes[0].patches if isinstance(patch, StepPatch)]
+    for layer, patch in enumerate(patches):
+        heights = layer - patch.get_data().values
+        np.testing.assert_allclose(heights, figures.RIDGE_OVERLAP * np.array(counts[layer]) / 8)
+        assert patch.get_data().baseline == layer
+
+
+def test_crowding__draws_the_quantiles_it_names_beside_random_directions(make_inputs):
+    inputs = make_inputs(n_layers=3, crowding_random=0.25)
+    figure, alt, _ = figures.crowding(inputs)
+    (axes,) = figure.axes
+    wide, narrow = (np.array(lines.get_segments()) for lines in axes.collections)
+    for layer, row in enumerate(inputs.sae):
+        assert wide[layer].tolist() == [[layer, row["crowding_p05"]], [layer, row["crowding_p95"]]]
+        assert narrow[layer].tolist() == [[layer, row["crowding_p25"]], [layer, row["crowding_p75"]]]
+    median, largest, random = axes.lines
+    assert median.get_ydata().tolist() == [row["crowding_median"] for row in inputs.sae]
+    assert largest.get_ydata().tolist() == [row["crowding_max"] for row in inputs.sae]
+    assert list(random.get_ydata()) == [0.25, 0.25]
+    medians = sorted(row["crowding_median"] for row in inputs.sae)
+    assert alt.endswith(f"medians {medians[0]:.3f} to {medians[-1]:.3f}.")
+    figure, _, _ = figures.crowding(make_inputs(crowding_random=None))
+    assert len(figure.axes[0].lines) == 2

@@ -86,7 +86,8 @@ def test_write__returns_every_file_it_wrote(written):
     workdir, paths = written
     assert [path.relative_to(workdir).as_posix() for path in paths] == [
         *("report.md", "report.html"),
-        *(f"figures/{name}.png" for name in ("sae_layers", "training", "auroc", "roc", "calibration")),
+        *(f"figures/{name}.png" for name in ("sae_layers", "sae_density", "sae_crowding", "training")),
+        *(f"figures/{name}.png" for name in ("auroc", "roc", "calibration")),
         *("figures/tracks_1_right.png", "figures/tracks_2_wrong.png"),
     ]
     assert {path for path in workdir.rglob("*") if path.is_file()} == set(paths)
@@ -102,7 +103,7 @@ def test_html__is_one_self_contained_page_with_title_language_and_text_alternati
     assert "<title>jaxsae report: demo</title>" in html
     assert "default-src 'none'" in html
     figures = [value for tag, name, value in page.attributes if (tag, name) == ("div", "aria-label")]
-    assert len(figures) == page.tags.count("svg") == 7
+    assert len(figures) == page.tags.count("svg") == 9
     assert all(len(alt) > 20 for alt in figures)
 
 
@@ -111,9 +112,9 @@ def test_markdown__names_the_figures_that_exist_and_has_even_tables(written):
     markdown = (workdir / "report.md").read_text(encoding="utf-8")
     assert_tables_well_formed(markdown)
     named = re.findall(r"\]\((figures/[\w.]+)\)", markdown)
-    assert [workdir / name for name in named] == [paths[2], paths[3], *paths[4:]]
+    assert [workdir / name for name in named] == paths[2:]
     rendered = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown))
-    assert rendered.tags.count("table") == (workdir / "report.html").read_text(encoding="utf-8").count("<table>") == 15
+    assert rendered.tags.count("table") == (workdir / "report.html").read_text(encoding="utf-8").count("<table>") == 16
     links = [value for tag, name, value in rendered.attributes if (tag, name) == ("a", "href")]
     assert len(links) == rendered.tags.count("h2") == 12
 
@@ -183,7 +184,7 @@ def test_write__escapes_text_everywhere_in_both_pages(complete_inputs, tmp_path)
     assert "script" not in viewed.tags
     assert viewed.text.count("<script>alert('x')</script>") > 25
     sources = [value for tag, name, value in viewed.attributes if name == "src"]
-    assert len(sources) == 7
+    assert len(sources) == 9
     assert all(source.startswith("figures/") for source in sources)
     links = [value for tag, name, value in viewed.attributes if name == "href"]
     assert all(link.startswith("#") for link in links)
@@ -211,6 +212,8 @@ def test_write__copes_with_values_that_were_not_measured(complete_inputs, tmp_pa
     inputs = dataclasses.replace(
         complete_inputs,
         sae=blank(complete_inputs.sae, "layer"),
+        density={},
+        crowding_random=None,
         history=blank(complete_inputs.history, "layer", "step"),
         detection=blank(complete_inputs.detection),
         canary=blank([complete_inputs.canary])[0],
@@ -227,6 +230,21 @@ def test_write__copes_with_values_that_were_not_measured(complete_inputs, tmp_pa
     assert not re.search(r"\bnan\b|\bNone\b", text)
     assert "| Answer | (empty) |" in text
     assert "This answer has no track." in text
+
+
+def test_sae_section__says_what_the_numbers_leave_out_and_hang_on(written, make_inputs, tmp_path):
+    text = (written[0] / "report.md").read_text(encoding="utf-8")
+    assert "Position 0 and BOS are in no number of this section" in text
+    assert "had not fired in 614,400 training tokens" in text
+    assert "fires on none of the 65,536 held-out tokens" in text
+    assert "For as many random directions it is 0.262." in text
+    options = {"density": {}, "crowding_random": None, "held_out_tokens": None, "sae_spec": {}}
+    rows = [{name: x for name, x in row.items() if "crowding" not in name} for row in make_inputs().sae]
+    report.write(tmp_path, make_inputs(sae=rows, history=(), detection=(), predictions={}, examples=(), **options))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    again = "measured by an older version; delete `saes/evaluation.json` and run `jaxsae train`"
+    assert text.count(again) == 2
+    assert "fires on none of the held-out tokens" in text
 
 
 def test_write__reports_one_layer(make_inputs, tmp_path):

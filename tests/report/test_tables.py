@@ -91,6 +91,21 @@ def test_sae_table__ends_with_the_statistics_of_known_values(make_inputs):
     assert {row[table.header.index("KL")] for row in table.rows} == {"–"}
 
 
+def test_sae_detail_table__shows_what_flatters_only_beside_what_does_not(make_inputs):
+    rows = [
+        {"layer": 0, "fvu": 0.25, "explained_variance_legacy": 0.9, "delta_ce": 0.5, "ce_recovered": 0.95, "mse": 2.0},
+        {"layer": 1, "fvu": 0.75, "explained_variance_legacy": None, "delta_ce": 1.5, "ce_recovered": 0.85},
+    ]
+    inputs = make_inputs(sae=rows)
+    details, main = tables.sae_detail_table(inputs), tables.sae_table(inputs)
+    found = {title: [row[column] for row in details.rows[:3]] for column, title in enumerate(details.header)}
+    assert found["Layer"] == ["0", "1", "mean"]
+    assert (found["FVU"], found["EV legacy"]) == (["0.2500", "0.7500", "0.5000"], ["0.9000", "–", "0.9000"])
+    assert (found["ΔCE"], found["CE recovered"]) == (["0.5000", "1.5000", "1.0000"], ["95.0%", "85.0%", "90.0%"])
+    assert (found["MSE"], found["max"]) == (["2.000", "–", "2.000"], ["–", "–", "–"])
+    assert not {"EV legacy", "CE recovered"} & set(main.header)
+
+
 def test_band_table__counts_every_layer_once(make_inputs):
     rows = [{"layer": layer, "fvu": fvu} for layer, fvu in enumerate((0.02, 0.3, 0.07, NAN, 0.01))]
     table = tables.band_table(make_inputs(sae=rows))

@@ -29,20 +29,27 @@ def make_suite(architecture="batchtopk", seed=0):
     return SaeSuite(**{name: x.astype(np.float32) for name, x in arrays.items()}, architecture=architecture, k=K)
 
 
+def identity_suite():
+    both = np.concatenate([np.eye(D), -np.eye(D)]).astype(np.float32)
+    zeros = np.zeros((L, 2 * D), np.float32)
+    stacked = np.repeat(both[None], L, axis=0)
+    return SaeSuite(
+        W_enc=stacked.swapaxes(1, 2), b_enc=zeros, W_dec=stacked, b_dec=zeros[:, :D], threshold=zeros,
+        architecture="topk", k=D,
+    )  # fmt: skip
+
+
 def measure(suite, batches, centre, *, batch, layer=1, data=1):
     mesh = meshes.make_mesh(L, layer=layer, data=data)
-
-    def place(x):
-        return meshes.put_layers(meshes.pad_layers(np.asarray(x), mesh), mesh)
-
     return evaluate.measure(
-        evaluate.make_row_sums(mesh), jax.tree.map(place, suite), batches, centre=place(centre), batch=batch,
+        evaluate.make_row_sums(mesh), evaluate.place(suite, mesh), batches,
+        centre=meshes.put_layers(meshes.pad_layers(centre, mesh), mesh), batch=batch,
         layers=LAYERS, n_layers=L, mesh=mesh,
     )  # fmt: skip
 
 
-def plain_quality(suite, acts):
-    """Return (mse, fvu, l0, firing rate) of one layer after the other, in float64."""
+def plain_quality(suite, acts, centre):
+    """Return (mse, fvu, legacy explained variance, l0, firing rate) of one layer after the other, in float64."""
     rows = []
     for layer in range(L):
         W_enc, b_enc, W_dec, b_dec, threshold = (
@@ -54,7 +61,11 @@ def plain_quality(suite, acts):
         feats = np.where(pre > threshold, pre, 0)
         error = x - feats @ W_dec - b_dec
         fvu = (error**2).sum() / ((x - x.mean(axis=0)) ** 2).sum()
-        rows.append(((error**2).mean(), fvu, (feats > 0).sum(axis=-1).mean(), (feats > 0).mean(axis=0)))
+        ratios = [(e**2).sum() / ((row - centre[layer]) ** 2).sum() for e, row in zip(error, x, strict=True)]
+        is_active = feats > 0
+        rows.append(
+            ((error**2).mean(), fvu, np.mean(1 - np.array(ratios)), is_active.sum(-1).mean(), is_active.mean(0))
+        )
     return [np.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -66,7 +77,7 @@ def test_measure__equals_float64_sums__on_ragged_batches_far_from_the_centre(mea
     suite = suite.replace(b_dec=suite.b_dec + mean)
     batches = [acts[:, :8], acts[:, 8:16], acts[:, 16:]]
     found = measure(suite, batches, np.zeros((L, D), np.float32), batch=8, layer=layer, data=data)
-    mse, fvu, l0, firing_rate = plain_quality(suite, acts)
+    mse, fvu, legacy, l0, firing_rate = plain_quality(suite, acts, np.zeros((L, D)))
     assert found.n_rows == 21
     np.testing.assert_array_equal(found.l0, l0)
     np.testing.assert_allclose(found.firing_rate, firing_rate, rtol=1e-12)
@@ -74,6 +85,7 @@ def test_measure__equals_float64_sums__on_ragged_batches_far_from_the_centre(mea
     tolerance = 1e-6 if mean == 0 else 2e-3
     np.testing.assert_allclose(found.mse, mse, rtol=1e-6 if mean == 0 else 2e-5)
     np.testing.assert_allclose(found.fvu, fvu, rtol=tolerance)
+    np.testing.assert_allclose(found.explained_variance_legacy, legacy, rtol=1e-5)
     if mean:
         near = measure(suite, batches, np.full((L, D), mean, np.float32), batch=8)
         np.testing.assert_allclose(near.fvu, fvu, rtol=2e-5)
@@ -86,6 +98,44 @@ def test_measure__of_the_mean_as_reconstruction__is_one():
     found = measure(suite, [acts], np.zeros((L, D), np.float32), batch=12)
     np.testing.assert_allclose(found.fvu, 1, rtol=1e-6)
     assert not found.l0.any()
+
+
+def test_legacy_explained_variance__hides_an_error_in_a_few_rows_far_from_the_mean__which_the_fvu_does_not():
+    rng = np.random.default_rng(2)
+    acts = (rng.normal(size=(L, 100, 1)) * np.eye(D)[rng.integers(0, D, size=(L, 100))]).astype(np.float32)
+    acts[:, :5] = 30 * rng.choice([-1, 1], size=(L, 5, D))
+    found = measure(identity_suite().replace(k=1), [acts], np.zeros((L, D), np.float32), batch=100)
+    np.testing.assert_allclose(found.explained_variance_legacy, 1 - 0.05 * 3 / 4, rtol=1e-6)
+    assert (found.fvu > 0.7).all()
+
+
+def test_by_layer__counts_the_latents_that_fire_on_no_held_out_row():
+    rates = np.array([[0, 0.5, 0, 1], [0.1, 0.2, 0.3, 0.4]])
+    ones = np.ones(2)
+    found = evaluate.Quality(ones, 2 * ones, 3 * ones, 4 * ones, rates, 10).by_layer()
+    np.testing.assert_array_equal(found["dead_held_out"], [0.5, 0])
+    assert {name: row[0] for name, row in found.items() if name != "dead_held_out"} == {
+        "mse": 1, "fvu": 2, "explained_variance_legacy": 3, "l0_inference": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("n_rows", [1, 9, 10, 1000, 65_536])
+def test_density__has_every_latent_that_fires_in_the_bin_of_its_rate(n_rows):
+    rng = np.random.default_rng(3)
+    fired = rng.integers(0, n_rows + 1, size=(2, 50)) // rng.integers(1, n_rows + 1, size=(2, 50))
+    fired[0, :3] = 0, 1, n_rows
+    ones = np.ones(2)
+    edges, counts = evaluate.Quality(ones, ones, ones, ones, fired / n_rows, n_rows).density()
+    np.testing.assert_allclose(np.diff(edges), evaluate.DENSITY_BIN)
+    assert edges[-1] == 0
+    for layer in range(2):
+        plain = [0] * (len(edges) - 1)
+        for times in fired[layer]:
+            if times > 0:
+                exponent = np.log10(times / n_rows)
+                plain[max(b for b in range(len(plain)) if edges[b] <= exponent)] += 1
+        assert counts[layer].tolist() == plain
+        assert counts[layer].sum() == (fired[layer] > 0).sum()
 
 
 def test_measure__without_rows__says_so():
@@ -103,32 +153,103 @@ def test_pca_fvu__equals_scikit_learn(n_components):
         pca = PCA(n_components).fit(fit)
         error = rows - pca.inverse_transform(pca.transform(rows))
         expected.append((error**2).sum() / ((rows - rows.mean(axis=0)) ** 2).sum())
-    np.testing.assert_allclose(evaluate.pca_fvu(train, held_out, n_components), expected, rtol=1e-9)
+    batches = (held_out[:, start : start + 8] for start in range(0, 31, 8))
+    np.testing.assert_allclose(evaluate.pca_fvu(train, batches, n_components), expected, rtol=1e-9)
 
 
-def test_l0_thresholds__leave_k_active_on_average():
-    rng = np.random.default_rng(4)
-    pre = rng.normal(size=(L, 70, F)).astype(np.float32) * rng.uniform(0.2, 3, size=(L, 70, 1)).astype(np.float32)
-    thresholds, is_exact = evaluate.l0_thresholds([pre[:, :40], pre[:, 40:]], K, kept_per_row=8)
-    assert is_exact
-    assert ((pre > thresholds[:, None, None]).sum(axis=(1, 2)) == 70 * K).all()
+def plain_crowding(W_dec):
+    """Return each row's largest |cosine| with another row, pair by pair in float64."""
+    rows = W_dec.astype(np.float64)
+    return [
+        max(
+            (abs(a @ b) / np.sqrt((a @ a) * (b @ b)) for j, b in enumerate(rows) if j != i and (b @ b) * (a @ a) > 0),
+            default=0.0,
+        )
+        for i, a in enumerate(rows)
+    ]
 
 
-def test_l0_thresholds__where_a_row_has_more_active_than_are_looked_at__are_not_exact():
-    pre = -np.ones((1, 10, F), np.float32)
-    pre[0, 3] = np.arange(10, 10 + F)
-    pre[0, :, 0] = np.arange(1, 11)
-    thresholds, is_exact = evaluate.l0_thresholds([pre], 1, kept_per_row=4)
-    assert not is_exact
-    assert (pre > thresholds[0]).sum() > 11
-    thresholds, _ = evaluate.l0_thresholds([pre], 1, kept_per_row=F)
-    assert (pre > thresholds[0]).sum() == 10
+@pytest.mark.parametrize("n_latents", [1, 4, 5, 11])
+def test_crowding__is_the_largest_cosine_with_another_row__in_blocks_that_need_not_fit(n_latents):
+    W_dec = np.random.default_rng(4).normal(size=(n_latents, 6)).astype(np.float32)
+    W_dec *= np.arange(1, n_latents + 1, dtype=np.float32)[:, None]
+    if n_latents == 11:
+        W_dec[7] = -2 * W_dec[1]
+        W_dec[3] = 0
+    np.testing.assert_allclose(evaluate.crowding(W_dec, block=4), plain_crowding(W_dec), rtol=1e-5, atol=1e-6)
 
 
-def test_l0_thresholds__with_too_few_positive__keep_all_of_those():
-    pre = np.where(np.arange(F) == 2, 1.0, -1.0) * np.ones((L, 5, 1))
-    thresholds, _ = evaluate.l0_thresholds([pre.astype(np.float32)], K, kept_per_row=8)
-    assert (thresholds == 0).all()
+def test_crowding__of_two_equal_directions_is_one__and_of_orthogonal_ones_zero():
+    assert evaluate.crowding(np.float32([[1, 0, 0], [0, 2, 0], [0, -3, 0]])).tolist() == [0, 1, 1]
+
+
+def test_crowding__never_holds_a_cosine_for_every_pair():
+    n = 4096
+    compiled = evaluate.crowding.lower(jax.ShapeDtypeStruct((n, 8), jnp.float32), block=256).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * n**2 / 4
+
+
+def test_crowding_by_layer__has_mean_and_quantiles_of_these_layers():
+    suite = make_suite()
+    found = evaluate.crowding_by_layer(suite, slice(1, L))
+    plain = np.array([plain_crowding(W_dec) for W_dec in suite.W_dec[1:]])
+    expected = {"mean": plain.mean(axis=1), "median": np.median(plain, axis=1), "max": plain.max(axis=1)}
+    expected |= {f"p{q:02d}": np.percentile(plain, q, axis=1) for q in (5, 25, 75, 95)}
+    assert found.keys() == {f"crowding_{name}" for name in expected}
+    for name, row in expected.items():
+        np.testing.assert_allclose(found[f"crowding_{name}"], row, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n_latents", "d_model"), [(2, 3), (40, 16), (400, 128)])
+def test_random_crowding__is_the_median_of_random_directions(n_latents, d_model):
+    rng = np.random.default_rng(5)
+    medians = [
+        np.median(evaluate.crowding(rng.normal(size=(n_latents, d_model)).astype(np.float32)))
+        for _ in range(4000 // n_latents)
+    ]
+    assert np.mean(medians) == pytest.approx(evaluate.random_crowding(n_latents, d_model), rel=0.03)
+    assert evaluate.random_crowding(1, d_model) == 0
+
+
+def thresholds_for_k(suite, batches, k, *, batch=16, layer=1, data=1):
+    mesh = meshes.make_mesh(L, layer=layer, data=data)
+    return evaluate.thresholds_for_k(
+        evaluate.make_bit_counts(mesh), evaluate.place(suite, mesh), batches, k, batch=batch, layers=LAYERS,
+        n_layers=L, mesh=mesh,
+    )  # fmt: skip
+
+
+def positive_activations(suite, acts):
+    return np.asarray(suite.replace(threshold=0 * suite.threshold).encode(acts))
+
+
+@pytest.mark.parametrize(("layer", "data"), [(1, 1), (4, 2)])
+def test_thresholds_for_k__are_exactly_the_activation_that_is_one_too_many(layer, data):
+    suite, rng = make_suite(), np.random.default_rng(6)
+    # Rows of very different lengths: some have nearly all latents above the threshold, others none.
+    acts = rng.normal(size=(L, 70, D)) * 10 ** rng.uniform(-3, 3, size=(L, 70, 1)) + suite.b_dec[:, None]
+    acts = acts.astype(np.float32)
+    found = thresholds_for_k(suite, lambda: (acts[:, i : i + 16] for i in range(0, 70, 16)), K, layer=layer, data=data)
+    feats = positive_activations(suite, acts).reshape(L, -1)
+    # The same matrix product in batches of another size may differ in its last bits.
+    np.testing.assert_allclose(found, np.sort(feats, axis=1)[:, -70 * K - 1], rtol=1e-5)
+    kept = [(positive_activations(suite, acts[:, i : i + 16]) > found[:, None, None]).sum() for i in range(0, 70, 16)]
+    assert sum(kept) == L * 70 * K
+
+
+def test_thresholds_for_k__with_too_few_positive_activations__are_zero():
+    suite = make_suite().replace(b_enc=np.full((L, F), -50, np.float32))
+    suite.b_enc[:, 2] = 50
+    acts = np.random.default_rng(7).normal(size=(L, 5, D)).astype(np.float32)
+    np.testing.assert_array_equal(thresholds_for_k(suite, lambda: iter([acts]), K), 0)
+
+
+def test_thresholds_for_k__treat_equal_activations_alike():
+    suite = identity_suite()
+    acts = np.full((L, 12, D), 3.0, np.float32)
+    acts[:, :5] = 7.5
+    np.testing.assert_array_equal(thresholds_for_k(suite, lambda: iter([acts]), 1), 7.5)
+    np.testing.assert_array_equal(thresholds_for_k(suite, lambda: iter([acts]), 2), 3)
 
 
 V, T, BOS = 7, 5, 6
@@ -166,16 +287,6 @@ CONTEXTS = np.random.default_rng(6).integers(0, V - 1, size=(5, T))
 CONTEXTS[:, 0] = BOS
 CONTEXTS[1, 3] = BOS
 CENTRE = np.random.default_rng(7).normal(size=(L, D)).astype(np.float32)
-
-
-def identity_suite():
-    both = np.concatenate([np.eye(D), -np.eye(D)]).astype(np.float32)
-    zeros = np.zeros((L, 2 * D), np.float32)
-    stacked = np.repeat(both[None], L, axis=0)
-    return SaeSuite(
-        W_enc=stacked.swapaxes(1, 2), b_enc=zeros, W_dec=stacked, b_dec=zeros[:, :D], threshold=zeros,
-        architecture="topk", k=D,
-    )  # fmt: skip
 
 
 def lm_loss(suite, lm, **options):
@@ -232,8 +343,46 @@ def test_language_model_loss__equals_a_plain_loop():
                     totals[name][layer] += log_q[context[t + 1]] - log_p[context[t + 1]]
                     if name == "delta_ce":
                         totals["kl"][layer] += (np.exp(log_q) * (log_q - log_p)).sum()
-    for name, total in totals.items():
-        np.testing.assert_allclose(found[name], total / n_tokens, rtol=1e-4, atol=1e-5, err_msg=name)
+    for name in ("delta_ce", "delta_ce_zero", "delta_ce_mean", "kl"):
+        np.testing.assert_allclose(found[name], totals[name] / n_tokens, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def predictable(lm):
+    """Return contexts that go on as the model expects, so that it has something to lose."""
+    contexts = CONTEXTS.copy()
+    for t in range(1, T):
+        _, logits = lm.residuals_and_logits(contexts)
+        contexts[:, t] = np.argmax(logits[:, t - 1, :BOS], axis=-1)
+    return contexts
+
+
+def test_ce_recovered__is_the_share_of_what_zeros_cost__and_undefined_where_they_cost_nothing():
+    lm = TinyLM()
+    options = {"bos_id": BOS, "centre": CENTRE, "batch": 5}
+    found = evaluate.language_model_loss(make_suite(), lm, predictable(lm), **options)
+    assert (found["delta_ce_zero"] > 0).all()
+    expected = (found["delta_ce_zero"] - found["delta_ce"]) / found["delta_ce_zero"]
+    np.testing.assert_allclose(found["ce_recovered"], expected, rtol=1e-9)
+    found = evaluate.language_model_loss(identity_suite(), lm, predictable(lm), **options)
+    np.testing.assert_array_equal(found["ce_recovered"], 1)
+    found = lm_loss(make_suite(), lm)
+    np.testing.assert_array_equal(np.isnan(found["ce_recovered"]), found["delta_ce_zero"] <= 0)
+    assert (found["delta_ce_zero"] <= 0).any()
+
+
+def test_language_model_loss__is_shared_by_processes_batch_by_batch(monkeypatch):
+    sums = []
+    monkeypatch.setattr(evaluate.meshes, "sum_over_processes", lambda numbers: sums.append(numbers) or numbers)
+    lm_loss(make_suite(), TinyLM(), batch=1)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for index in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        lm = TinyLM()
+        lm_loss(make_suite(), lm, batch=1)
+        assert len(lm.given) == 3 * L * (2 if index < 2 else 1)
+    whole, *shares = zip(sums[::2], sums[1::2], strict=True)
+    for one, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        np.testing.assert_allclose(np.sum(parts, axis=0), one, rtol=1e-6)
 
 
 def test_language_model_loss__reports_how_far_it_is__and_refuses_less_than_a_batch():

@@ -18,12 +18,23 @@ from jaxsae.artifacts import InputError
 from jaxsae.config import SaeConfig, TrainConfig
 from jaxsae.sae.architectures import gradients
 from jaxsae.sae.losses import Moment, aux_loss
-from jaxsae.sae.step import Recipe, init_state, keep_best, make_recipe, make_schedule, make_step, weights_of
+from jaxsae.sae.step import Recipe, init_state, keep_best, make_recipe, make_schedule, make_step, make_steps, weights_of
 
-L, B, D, F, K, STEPS = 5, 16, 6, 20, 3, 6
+L, B, D, F, K, STEPS = 5, 16, 6, 24, 3, 6
 N_SILENT = 4  # latents whose bias keeps them from ever firing
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu_l1")
-MESHES = ((8, 1), (4, 2), (1, 8), (2, 4))
+MESHES = ((8, 1), (4, 2), (1, 8), (2, 4))  # devices along layer and data, and for the next also along latent
+LATENT_MESHES = (
+    ("topk", "dense", (1, 1, 8)),
+    ("topk", "dense", (2, 2, 2)),
+    ("topk", "sparse", (1, 2, 4)),
+    ("batchtopk", "dense", (1, 2, 4)),
+    ("batchtopk", "sparse", (2, 2, 2)),
+    ("jumprelu_l1", "dense", (1, 2, 4)),
+    ("matryoshka", "dense", (2, 2, 2)),
+    ("jumprelu", "dense", (1, 2, 4)),
+)
+QUICK = {"xla_backend_optimization_level": 0}  # LLVM's would double the time and change nothing tested
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
 
 
@@ -49,10 +60,10 @@ def rows(n, seed, n_layers=L):
     return (acts * np.linspace(0.5, 3, n_layers)[:, None, None]).astype(np.float32)
 
 
-def start(recipe, n_layers=L):
+def start(recipe, n_layers=L, n_silent=N_SILENT):
     """Return a fresh state in which some latents are dead and stay so."""
     state = init_state(recipe, rows(50, 99, n_layers), seed=7)
-    silent = jnp.arange(F) < N_SILENT
+    silent = jnp.arange(F) < n_silent
     params = dataclasses.replace(state.params, b_enc=jnp.where(silent, -20.0, state.params.b_enc))
     since_fired = jnp.where(silent, recipe.dead_tokens, 0) + jnp.zeros((n_layers, 1), jnp.int32)
     return dataclasses.replace(state, params=params, since_fired=since_fired.astype(jnp.int32))
@@ -64,13 +75,13 @@ def place(state, mesh):
 
 
 @functools.cache
-def compiled(recipe, layer, data):
-    """Return the compiled step; LLVM's optimizations would double the time it takes and change nothing tested."""
-    mesh, n_layers = meshes.make_mesh(recipe.n_layers, layer=layer, data=data), recipe.n_layers
+def compiled(recipe, layer, data, latent=1):
+    """Return the compiled step."""
+    mesh, n_layers = meshes.make_mesh(recipe.n_layers, layer=layer, data=data, latent=latent), recipe.n_layers
     state = place(start(recipe, n_layers), mesh)
     acts = meshes.put_batch(rows(B, 0, n_layers), slice(0, n_layers), n_layers, mesh)
     lowered = make_step(recipe, mesh).lower(state, acts, np.int32(0))
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    return lowered.compile(compiler_options=QUICK)
 
 
 @functools.cache
@@ -81,9 +92,9 @@ def run(architecture, layer, data):
     return compiled(recipe, layer, data).as_text(), history
 
 
-def take_steps(recipe, n, begin=None, *, layer=1, data=1):
-    mesh = meshes.make_mesh(L, layer=layer, data=data)
-    state, step_fn, history = place(begin or start(recipe), mesh), compiled(recipe, layer, data), []
+def take_steps(recipe, n, begin=None, *, layer=1, data=1, latent=1):
+    mesh = meshes.make_mesh(L, layer=layer, data=data, latent=latent)
+    state, step_fn, history = place(begin or start(recipe), mesh), compiled(recipe, layer, data, latent), []
     for step in range(n):
         acts = meshes.put_batch(rows(B, step), slice(0, L), L, mesh)
         state, metrics = step_fn(state, acts, np.int32(step))
@@ -136,6 +147,47 @@ def test_step__revives_dead_latents__where_there_are_any(architecture):
         assert moved[:, :N_SILENT].max() < 1e-6
     else:
         assert moved[:, :N_SILENT].min() > 1e-4
+
+
+@pytest.mark.parametrize(("architecture", "compute", "mesh"), LATENT_MESHES, ids=str)
+def test_step__with_latents_on_several_devices__equals_one_device(architecture, compute, mesh):
+    recipe, (layer, data, latent) = make(architecture, compute=compute), mesh
+    _, expected = run(architecture, 1, 1)
+    found = take_steps(recipe, STEPS, layer=layer, data=data, latent=latent)
+    assert_close(found, expected, 2e-6)
+    for (state, _), (expected_state, _) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(state.since_fired, expected_state.since_fired)
+
+
+@pytest.mark.parametrize(("compute", "mesh"), [("dense", (1, 1, 8)), ("sparse", (1, 2, 4))], ids=str)
+def test_step__with_latents_on_several_devices__revives_few_dead_ones_alike(compute, mesh):
+    recipe, (layer, data, latent) = make("topk", compute=compute), mesh
+    begin = start(make("topk"), n_silent=2)  # at most D / 2
+    expected = take_steps(make("topk"), 3, begin)
+    assert_close(take_steps(recipe, 3, begin, layer=layer, data=data, latent=latent), expected, 2e-6)
+    assert np.abs(expected[-1][0].params.W_dec - np.asarray(begin.params.W_dec))[:, :2].max(axis=-1).min() > 1e-4
+
+
+def test_steps__of_one_dispatch__are_bitwise_those_taken_one_at_a_time():
+    layer, data, latent = 2, 2, 2
+    recipe = make("topk", unit_decoder_every=3, k_start=6, anneal=0.05)  # each depends on the step's number
+    expected = take_steps(recipe, STEPS, layer=layer, data=data, latent=latent)
+    mesh = meshes.make_mesh(L, layer=layer, data=data, latent=latent)
+    state, dispatch, step = place(start(recipe), mesh), None, 0
+    for count in (4, 1, 1):
+        numbers = [*range(step, step + count), *[step] * (4 - count)]
+        batches = tuple(meshes.put_batch(rows(B, number), slice(0, L), L, mesh) for number in numbers)
+        args = (state, batches, np.int32(step), np.int32(count))
+        # One program for every count, else the call is refused.
+        dispatch = dispatch or make_steps(recipe, mesh, 4).lower(*args).compile(compiler_options=QUICK)
+        state, metrics = dispatch(*args)
+        for i in range(count):
+            jax.tree.map(
+                lambda x, y, i=i: np.testing.assert_array_equal(np.array(x)[i, :L], y), metrics, expected[step + i][1]
+            )
+        assert all(np.isnan(x[count:]).all() for x in metrics.values())
+        step += count
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.array(x)[:L], y), state, expected[step - 1][0])
 
 
 def separate_run(recipe, states):
@@ -254,6 +306,100 @@ def test_step__compiled__sends_gradients_once_along_data_and_nothing_along_layer
     assert set(counts) == set(BESIDE[architecture, compute])
     rows_of_mesh = [list(range(row * data, (row + 1) * data)) for row in range(layer)]
     assert all(sorted(groups) == rows_of_mesh for _, _, groups in found)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu_tanh"])
+def test_step__with_a_penalty__sends_the_batchs_l0_along_data_and_equals_one_device(architecture):
+    _, expected = run(architecture, 1, 1)
+    text, found = run(architecture, 2, 4)
+    assert_close(found, expected, 2e-6)
+    sent = collectives(text)
+    sizes = [sum(int(np.prod(shape)) for _, shape in shapes) for _, shapes, _ in sent]
+    assert {operation for operation, _, _ in sent} == {"all-reduce"}
+    assert all(sorted(groups) == along(2, 4, 1)["data"] for _, _, groups in sent)
+    # The gradients and counters, the batch's L0, and where an auxiliary loss is taken, the leftover's energy.
+    assert sorted(sizes)[:-1] == [1] * (3 if architecture == "relu" else 1)
+
+
+@functools.cache
+def along(*mesh):
+    """Return the groups of devices, sorted, of a collective along each axis, or two, of a mesh [layer data latent]."""
+    ids = np.arange(np.prod(mesh)).reshape(mesh)
+    axes = {"data": ids.transpose(0, 2, 1), "latent": ids, "both": ids}
+    sizes = {"data": mesh[1], "latent": mesh[2], "both": mesh[1] * mesh[2]}
+    return {name: sorted(ids.reshape(-1, sizes[name]).tolist()) for name, ids in axes.items()}
+
+
+# What goes along latent for a layer, and how often: sums of partial reconstructions [B, D] and of b_dec's gradient [D]
+# through the encoder, one each for the loss, for few and for many dead latents; the candidates of the top k, and of the
+# D/2 dead ones to revive, of all shards; the number of dead ones. BatchTopK searches by counts along data and latent.
+ALONG_LATENT = {
+    ("topk", "dense"): {"recon": 3, "b_dec": 3, "candidates": 2, "s32": 1, "counts": 0},
+    ("topk", "sparse"): {"recon": 3, "b_dec": 3, "candidates": 2, "s32": 1, "counts": 0},
+    ("batchtopk", "dense"): {"recon": 3, "b_dec": 3, "candidates": 1, "s32": 1, "counts": 4},
+    ("jumprelu_l1", "dense"): {"recon": 1, "b_dec": 0, "candidates": 0, "s32": 0, "counts": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "compute", "mesh"), [case for case in LATENT_MESHES if case[:2] in ALONG_LATENT], ids=str
+)
+def test_step__compiled__sends_candidates_and_reconstructions_along_latent(architecture, compute, mesh):
+    layer, data, latent = mesh
+    local, b, f = -(-L // layer), B // data, F // latent
+    found = collectives(compiled(make(architecture, compute=compute), layer, data, latent).as_text())
+    groups = along(*mesh)
+    gradients = {("f32", shape) for shape in [(local, D, f), (local, f, D), (local, f), (local, D), (local,)]}
+    n_candidates = latent * min(K, f)
+    counts: Counter = Counter()
+    for operation, shapes, devices in found:
+        expected, name = "data", None
+        if ("f32", (local, D, f)) in shapes:
+            assert set(shapes) == gradients
+            name = "gradients"
+        elif operation == "all-gather":
+            assert shapes == [("f32", (b, n_candidates))]
+            expected, name = "latent", "candidates"
+        elif ("f32", (b, D)) in shapes:
+            assert set(shapes) <= {("f32", (b, D)), ("f32", ())}  # beside it the penalty
+            expected, name = "latent", "recon"
+        elif shapes == [("f32", (D,))]:
+            expected, name = "latent", "b_dec"
+        elif set(shapes) == {("f32", (local,))}:  # squared norm for clipping, dead and active latents
+            expected, name = "latent", "numbers"
+        elif shapes == [("s32", ())] and sorted(devices) == groups["latent"] and counts["s32"] == 0:
+            expected, name = "latent", "s32"
+        elif shapes[0][0] == "s32":
+            assert np.prod(shapes[0][1]) <= 15
+            expected, name = "both", "counts"
+        else:
+            assert shapes == [("f32", ())]  # the leftover's energy
+            name = "energy"
+        assert sorted(devices) == groups[expected], (name, devices)
+        counts[name] += 1
+    beside = {"gradients": 1, "numbers": 1, "energy": counts["energy"]}
+    assert dict(counts) == {name: n for name, n in (ALONG_LATENT[architecture, compute] | beside).items() if n}
+    assert counts["energy"] <= 2
+
+
+@pytest.mark.parametrize("axis", ["layer", "latent"])
+def test_step__memory_of_a_device__falls_with_the_devices_along_an_axis(axis):
+    recipe, bytes_of = make("topk", n_layers=8), {}
+    for n in (1, 2, 4, 8):
+        mesh = meshes.make_mesh(8, **{"layer": 1, axis: n})
+        state = place(start(recipe, 8), mesh)
+        shards = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(state.opt_state) if x.ndim == 3}
+        bytes_of[n] = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+        assert shards == ({(8 // n, D, F), (8 // n, F, D)} if axis == "layer" else {(8, D, F // n), (8, F // n, D)})
+    for n in (2, 4, 8):
+        whole = 8 * 4 * (5 * D + 8)  # b_dec, its moments and its best, the mean, and numbers of a layer
+        assert bytes_of[n] <= bytes_of[1] / n + (whole if axis == "latent" else 0)
+
+
+def test_step__with_latents_that_do_not_divide__names_the_settings():
+    message = "24 latents do not divide by mesh.latent 5; change mesh.latent, or sae.n_latents or sae.expansion"
+    with pytest.raises(InputError, match=message):
+        place(start(make("topk")), meshes.make_mesh(L, layer=1, latent=5))
 
 
 def test_collectives__are_seen__where_plain_jit_gathers_the_pre_activations_for_a_top_k():
@@ -434,13 +580,23 @@ def test_keep_best__replaces_only_layers_that_got_better():
     state = start(recipe)
     first = weights_of(state, recipe, 1)
     second = jax.tree.map(lambda x: x + 1, first)
-    state = keep_best(state, first, jnp.asarray([0.5, 0.5, 0.5, 0.5, jnp.nan]), jnp.int32(1), recipe.dead_tokens)
+    state = keep_best(state, first, jnp.asarray([0.5, 0.5, 0.5, 0.5, jnp.nan]), jnp.int32(1), recipe)
     since_fired = jnp.zeros_like(state.since_fired)
     state = dataclasses.replace(state, since_fired=since_fired)
-    state = keep_best(state, second, jnp.asarray([0.4, 0.6, 0.5, 0.1, 0.3]), jnp.int32(2), recipe.dead_tokens)
+    state = keep_best(state, second, jnp.asarray([0.4, 0.6, 0.5, 0.1, 0.3]), jnp.int32(2), recipe)
     np.testing.assert_allclose(state.best_fvu, [0.4, 0.5, 0.5, 0.1, 0.3], rtol=1e-6)
     assert state.best_step.tolist() == [2, 1, 1, 2, 2]
-    np.testing.assert_allclose(state.best_dead, [0, 0.2, 0.2, 0, 0])
+    np.testing.assert_allclose(state.best_dead, np.asarray([0, 1, 1, 0, 0]) * N_SILENT / F)
     for name in first:
         is_second = np.asarray([1, 0, 0, 1, 1]).reshape(-1, *[1] * (first[name].ndim - 1))
         np.testing.assert_allclose(state.best[name], first[name] + is_second, rtol=1e-6)
+
+
+def test_keep_best__replaces_weights_of_before_the_end_of_the_annealing_in_any_case():
+    recipe = make("topk", k_start=9, anneal=0.5)
+    state, replaced = start(recipe), []
+    for step, fvu in ((40, 0.2), (49, 0.3), (50, 0.4), (60, 0.5), (70, 0.1)):
+        state = keep_best(state, weights_of(state, recipe, 1), jnp.full(L, fvu), jnp.int32(step), recipe)
+        replaced.append(int(state.best_step[0]) == step)
+    assert recipe.settled_step == 50
+    assert replaced == [True, True, True, False, True]

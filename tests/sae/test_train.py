@@ -81,14 +81,22 @@ def test_train__evaluates_reports_and_saves_to_the_end_of_the_budget__and_no_fur
     assert (outcome.step, outcome.is_finished, evaluations) == (38, True, {})
 
 
-def test_train__stopped_and_resumed__equals_uninterrupted(tmp_path):
-    whole = make_trainer(tmp_path / "whole", PlantedSource())
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("topk", {}),
+        ("gated", {}),  # folded: the weights in the checkpoint are not those that training goes on from
+        ("jumprelu", {"optimizer": "signum", "schedule": "schedule_free"}),
+    ],
+)
+def test_train__stopped_and_resumed__equals_uninterrupted(tmp_path, architecture, settings):
+    whole = make_trainer(tmp_path / "whole", PlantedSource(), architecture, **settings)
     _, expected, _ = run(whole)
-    stopped = make_trainer(tmp_path / "parts", PlantedSource())
+    stopped = make_trainer(tmp_path / "parts", PlantedSource(), architecture, **settings)
     outcome, first, _ = run(stopped, stop_at=6)
     assert (outcome.step, outcome.is_finished) == (6, False)
     assert stopped.checkpoints.latest_step() == 6
-    resumed = make_trainer(tmp_path / "parts", PlantedSource())
+    resumed = make_trainer(tmp_path / "parts", PlantedSource(), architecture, **settings)
     assert (resumed.step, resumed.reader) == (6, {"position": 6})
     assert_equal(resumed.state, stopped.state)
     outcome, rest, _ = run(resumed)
@@ -156,7 +164,7 @@ def test_train__keeps_each_layer_at_its_own_best_step(tmp_path):
     best, last = (sae.load(tmp_path / "saes", which=which) for which in ("best", "last"))
     assert (best.W_dec[0] != last.W_dec[0]).any()
     np.testing.assert_array_equal(best.W_dec[1], last.W_dec[1])
-    measured = trainer.measure_best()
+    _, measured = trainer.measure_best()
     np.testing.assert_allclose(measured["fvu"], fvu.min(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(measured["best_step"], best_step)
     np.testing.assert_array_equal(measured["dead"], [evaluations[step]["dead"][i] for i, step in enumerate(best_step)])
@@ -182,10 +190,19 @@ def test_train__batchtopk__ends_with_thresholds_that_keep_k_held_out(tmp_path):
     assert (feats > 0).sum(axis=-1).max() > 4
 
 
+def test_train__with_several_steps_a_dispatch__equals_single_ones(tmp_path):
+    _, expected, _ = run(make_trainer(tmp_path / "single", PlantedSource()))
+    together = make_trainer(tmp_path / "together", PlantedSource(), steps_per_dispatch=3)
+    _, found, _ = run(together)
+    assert found.keys() == expected.keys()
+    single = make_trainer(tmp_path / "single", PlantedSource())
+    assert_equal(together.state, single.state)
+
+
 def test_measure_best__of_the_reference_architecture__has_one_l0(tmp_path):
     trainer = make_trainer(tmp_path, PlantedSource(dtype=jnp.bfloat16), "jumprelu_l1")
     run(trainer)
-    measured = trainer.measure_best()
+    _, measured = trainer.measure_best()
     np.testing.assert_array_equal(measured["l0_train"], measured["l0_inference"])
     suite = sae.load(tmp_path / "saes")
     feats = suite.encode(np.concatenate(list(trainer.held_out()), axis=1).astype(np.float32))
@@ -197,19 +214,27 @@ def test_held_out__is_cut_at_the_tokens_asked_for(tmp_path):
     assert [acts.shape[1] for acts in trainer.held_out()] == [16, 16]
 
 
-def train_planted(folder, n_directions, **sae_settings):
-    """Train TopK on sums of two of some directions."""
+def train_planted(folder, n_directions, architecture="topk", **sae_settings):
+    """Train on sums of two of some directions."""
     source, n_steps = PlantedSource(2, 16, n_directions=n_directions, batch=64, n_held_out=256), 400
-    settings = {"n_latents": 64, "k": 2, "dead_tokens": 640} | sae_settings
+    settings = {"n_latents": 64, "k": 2, "dead_tokens": 640, "threshold": None} | sae_settings
     trainer = make_trainer(
-        folder, source, sae_settings=settings, batch=64, n_tokens=n_steps * 64, lr=0.03, evaluate_every=n_steps,
-        checkpoint_every=n_steps, warmup_steps=10,
+        folder, source, architecture, sae_settings=settings, batch=64, n_tokens=n_steps * 64, lr=0.03,
+        evaluate_every=n_steps, checkpoint_every=n_steps, warmup_steps=10,
     )  # fmt: skip
     return run(trainer)[1][n_steps]
 
 
 def test_train__recovers_a_planted_dictionary(tmp_path):
     assert (train_planted(tmp_path, 24)["fvu"] < 0.1).all()
+
+
+@pytest.mark.parametrize("architecture", ["gated", "jumprelu"])
+def test_train__without_a_coefficient__ends_with_k_active_and_none_dead(tmp_path, architecture):
+    numbers = train_planted(tmp_path, 24, architecture, n_latents=20)
+    np.testing.assert_allclose(numbers["l0"], 2, rtol=0.15)
+    assert (numbers["fvu"] < 0.25).all()
+    assert (numbers["dead"] == 0).all()
 
 
 def test_train__with_the_auxiliary_loss__has_fewer_dead_latents(tmp_path):

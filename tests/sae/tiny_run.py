@@ -1,8 +1,8 @@
 """A source of planted activations, and a training run on it as its own process.
 
 The tests load this file by its path, and run it as `python tiny_run.py DIR key=value ...`, to kill it or to start it
-twice. Keys: architecture, layer, data (the mesh), total (steps), die ("commit": SIGKILL between Orbax's commit of the
-second checkpoint of the process and its manifest), pause (seconds after an evaluation).
+twice. Keys: architecture, n_latents, layer, data, latent (the mesh), total (steps), die ("commit": SIGKILL between
+Orbax's commit of the second checkpoint of the process and its manifest), pause (seconds after an evaluation).
 """
 
 import json
@@ -64,7 +64,10 @@ class PlantedSource:
             yield rows[:, start : start + batch]
 
 
-def main(directory, *, architecture="batchtopk", layer="1", data="1", total="20", die="", pause="0"):
+def main(
+    directory, *, architecture="batchtopk", n_latents="13", layer="1", data="1", latent="1", total="20", die="",
+    pause="0",
+):  # fmt: skip
     """Train to the end of the budget and write what `sae.load` then reads to loaded.npz; devices are one a process."""
     from jaxsae import artifacts, sae
     from jaxsae import mesh as meshes
@@ -76,9 +79,11 @@ def main(directory, *, architecture="batchtopk", layer="1", data="1", total="20"
     import jax
 
     n_layers, d_model = 3, 7
-    mesh = meshes.make_mesh(n_layers, layer=int(layer), data=int(data))
+    mesh = meshes.make_mesh(n_layers, layer=int(layer), data=int(data), latent=int(latent))
     source = PlantedSource(n_layers, d_model, layers=meshes.local_layers(n_layers, mesh))
-    config = SaeConfig(architecture=architecture, n_latents=13, k=2, dead_tokens=2 * BATCH, sparsity_coefficient=0.01)
+    config = SaeConfig(
+        architecture=architecture, n_latents=int(n_latents), k=2, dead_tokens=2 * BATCH, sparsity_coefficient=0.01
+    )
     train = TrainConfig(
         batch=BATCH, n_tokens=int(total) * BATCH, lr=0.02, warmup_steps=2, clip_norm=0.5, evaluate_every=EVERY,
         evaluate_tokens=128, checkpoint_every=EVERY,
@@ -89,7 +94,13 @@ def main(directory, *, architecture="batchtopk", layer="1", data="1", total="20"
     if main_process and not (saes / "suite.json").exists():
         artifacts.write_json(
             saes / "suite.json",
-            {"architecture": architecture, "k": 2, "n_layers": n_layers, "d_model": d_model, "n_latents": 13},
+            {
+                "architecture": architecture,
+                "k": 2,
+                "n_layers": n_layers,
+                "d_model": d_model,
+                "n_latents": int(n_latents),
+            },
         )
     if die == "commit":
         _kill_before_manifest(checkpoint)
@@ -101,7 +112,7 @@ def main(directory, *, architecture="batchtopk", layer="1", data="1", total="20"
         time.sleep(float(pause))
 
     trainer.run(on_step=lambda step, note: None, on_evaluation=on_evaluation, should_stop=lambda: False)
-    best = trainer.measure_best()
+    _, best = trainer.measure_best()
     gathered = meshes.gather_layers(source.rows(3, 4), source.layers, n_layers)
     facts = {
         "best": {name: x.tolist() for name, x in best.items()},

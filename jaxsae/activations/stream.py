@@ -1,0 +1,579 @@
+"""Shuffled batches of training rows straight from the language model: they touch neither the disk nor the host.
+
+The training rows of an epoch form a list: the contexts in a seeded order, of each the rows that are kept. The lists of
+all epochs follow each other without a gap. A buffer on the devices holds N rows of it. Between two refills, M of its
+slots are handed out in a seeded random order, batch by batch; the next M rows of the list then take their places. So
+every row of an epoch enters the buffer once, and leaves it in exactly one batch.
+
+The host knows the token ids: it plans which contexts to run and which row goes to which slot. The devices run the
+language model, each on contexts of its own; then one exchange along "layer" brings each layer's rows to the devices
+that train its SAE (and one along "latent", where an SAE is spread over devices, to all of these). Nothing travels along
+"data": a data shard's rows come from contexts that its own devices run.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, BFloat16, Bool, Int, UInt16
+
+from jaxsae import mesh as meshes
+from jaxsae.activations.source import count_held_out, dropped_rows
+from jaxsae.artifacts import InputError
+from jaxsae.models import LanguageModel, decoder
+
+ByShard = list[Int[np.ndarray, " _"]]  # rows or slots, of each data shard
+
+_SAMPLE_CONTEXTS = 64  # a sample comes from so many contexts at least, where there are so many
+_SAMPLE_SHARE = 0.25  # of a context's rows, at most, unless the sample needs more: 4 rows are computed for each
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSizes:
+    """How much the buffer holds and what a refill takes, all devices together unless it says otherwise.
+
+    Attributes:
+        buffer_rows: N, the buffer's slots; a whole number of batches.
+        refill_rows: M, the rows handed out before a refill and replaced by it; a whole number of batches.
+        passes: forward passes in a refill; now and then one more, where many rows are dropped.
+        pass_contexts: contexts that one device runs in one pass.
+        layer_shards, data_shards, latent_shards: the mesh.
+    """
+
+    buffer_rows: int
+    refill_rows: int
+    passes: int
+    pass_contexts: int
+    layer_shards: int
+    data_shards: int
+    latent_shards: int
+
+    @property
+    def shard_contexts(self) -> int:
+        """Return the contexts that the devices of a data shard run in one pass."""
+        return self.pass_contexts * self.layer_shards * self.latent_shards
+
+    @property
+    def refill_contexts(self) -> int:
+        """Return the contexts that a refill runs, with those that fill up the last pass."""
+        return self.passes * self.shard_contexts * self.data_shards
+
+    def buffer_bytes(self, n_layers: int, d_model: int) -> int:
+        """Return the bytes of the buffer on each device: 2 D N ceil(L / layer shards) / data shards."""
+        return 2 * d_model * -(-n_layers // self.layer_shards) * (self.buffer_rows // self.data_shards)
+
+    def pass_bytes(self, n_layers: int, d_model: int, context: int) -> int:
+        """Return the bytes of a pass's rows on each device, beside the blocks' own, at the most.
+
+        They are float32 first; an exchange then has what it sends and what it receives in memory, both bfloat16.
+        """
+        padded = self.layer_shards * -(-n_layers // self.layer_shards)
+        received = padded * (1 if self.latent_shards == 1 else 1 + self.latent_shards)
+        return (4 * n_layers + 2 * padded + 2 * received) * self.pass_contexts * context * d_model
+
+
+def size_stream(
+    *,
+    n_train_tokens: int,
+    rows_per_context: float,
+    batch: int,
+    buffer_tokens: int,
+    replace: float,
+    forward_batch: int,
+    layer_shards: int,
+    data_shards: int,
+    latent_shards: int,
+) -> StreamSizes:
+    """Derive the sizes of a stream from the settings.
+
+    The buffer holds no more than an epoch. The passes of a refill share its contexts out evenly, so that few are run
+    only to fill up the last one. Each data shard's part of the rows begins and ends inside of contexts, which takes it
+    one context more than the rows would fill.
+
+    Args:
+        n_train_tokens: rows in an epoch.
+        rows_per_context: kept rows of a context, on average.
+        batch: rows in a batch.
+        buffer_tokens: rows in the buffer, at most.
+        replace: share of the buffer that a refill replaces.
+        forward_batch: contexts in one forward pass of a device, at most.
+
+    Raises:
+        InputError: a setting is out of its range, or there are fewer rows than a batch.
+    """
+    _check_batch(batch, data_shards)
+    if forward_batch < 1:
+        raise InputError(f"a forward pass has at least 1 context, got activations.batch {forward_batch}")
+    if not 0 < replace <= 1:
+        raise InputError(
+            f"the share of the buffer that a refill replaces is in (0, 1], got {replace}; set activations.replace"
+        )
+    if buffer_tokens < batch:
+        raise InputError(
+            f"the shuffle buffer holds at least a batch of {batch}, got {buffer_tokens}; raise train.buffer_tokens"
+        )
+    if n_train_tokens < batch:
+        raise InputError(
+            f"the corpus has {n_train_tokens} training rows, fewer than train.batch={batch}; lower train.batch or use "
+            "more text"
+        )
+    n_batches = min(buffer_tokens, n_train_tokens) // batch
+    refill_rows = max(1, math.floor(replace * n_batches)) * batch
+    needed = math.ceil(refill_rows / data_shards / rows_per_context) + 1
+    runners = layer_shards * latent_shards
+    passes = math.ceil(needed / (runners * forward_batch))
+    return StreamSizes(
+        buffer_rows=n_batches * batch,
+        refill_rows=refill_rows,
+        passes=passes,
+        pass_contexts=math.ceil(needed / (runners * passes)),
+        layer_shards=layer_shards,
+        data_shards=data_shards,
+        latent_shards=latent_shards,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """What the host decides: the list of rows, the slots that are handed out, the contexts of each forward pass.
+
+    A row of the list is known by a number, epoch * tokens of the corpus + token. Every permutation is a function of the
+    seed, the epoch or refill, and the data shard.
+
+    Attributes:
+        kept: of all contexts, also those held out.
+        n_train: contexts that are trained on, from the first.
+    """
+
+    contexts: Int[np.ndarray, "n T"]
+    kept: Bool[np.ndarray, "n T"]
+    n_train: int
+    seed: int
+    sizes: StreamSizes
+
+    @functools.cached_property
+    def rows_per_context(self) -> Int[np.ndarray, " n"]:
+        """Return the kept rows of each context."""
+        return self.kept.sum(axis=1)
+
+    def tokens(self, contexts: Int[np.ndarray, " m"], low: int, high: int) -> Int[np.ndarray, " rows"]:
+        """Return those from `low` to `high` of the kept tokens of contexts laid one after the other."""
+        ends = np.cumsum(self.rows_per_context[contexts])
+        first, last = np.searchsorted(ends, [low, high - 1], side="right")
+        touched = contexts[first : last + 1]
+        begin = ends[first] - self.rows_per_context[touched[0]]
+        places, positions = np.nonzero(self.kept[touched])
+        return (touched[places] * self.contexts.shape[1] + positions)[low - begin : high - begin]
+
+    def rows(self, start: int, stop: int) -> Int[np.ndarray, " rows"]:
+        """Return rows of the list of all epochs."""
+        per_epoch, pieces = int(self.rows_per_context[: self.n_train].sum()), []
+        while start < stop:
+            epoch, low = divmod(start, per_epoch)
+            high = min(low + stop - start, per_epoch)
+            contexts = np.random.default_rng([self.seed, epoch, 0]).permutation(self.n_train)
+            pieces.append(epoch * self.contexts.size + self.tokens(contexts, low, high))
+            start += high - low
+        return np.concatenate(pieces)
+
+    def refill(self, number: int) -> tuple[ByShard, ByShard]:
+        """Return the rows that a refill computes, and their slots, of each data shard; number 0 is the first fill."""
+        shards, n_buffer, n_refill = self.sizes.data_shards, self.sizes.buffer_rows, self.sizes.refill_rows
+        if number == 0:
+            return np.split(self.rows(0, n_buffer), shards), [np.arange(n_buffer // shards)] * shards
+        start = n_buffer + (number - 1) * n_refill
+        return np.split(self.rows(start, start + n_refill), shards), self.drawn_slots(number - 1)
+
+    def drawn_slots(self, refill: int) -> ByShard:
+        """Return the slots handed out after a refill, in their order, of each data shard's part of the buffer."""
+        shards = self.sizes.data_shards
+        n_slots, n_drawn = self.sizes.buffer_rows // shards, self.sizes.refill_rows // shards
+        keys = ([self.seed, refill, 1, shard] for shard in range(shards))
+        return [np.random.default_rng(key).permutation(n_slots)[:n_drawn] for key in keys]
+
+    def oldest_refill(self, refill: int) -> int:
+        """Return the first of the refills up to this one of which a row is still in the buffer."""
+        shards = self.sizes.data_shards
+        is_newer = np.zeros((shards, self.sizes.buffer_rows // shards), bool)
+        for number in range(refill, 0, -1):
+            np.put_along_axis(is_newer, np.stack(self.drawn_slots(number - 1)), True, axis=1)
+            if is_newer.all():
+                return number
+        return 0
+
+    def passes(
+        self, rows: ByShard, slots: ByShard, n_slots: int
+    ) -> Iterator[tuple[Int[np.ndarray, "contexts T"], Int[np.ndarray, " places"]]]:
+        """Yield the contexts of each forward pass, and the slot of each of their positions.
+
+        Both are laid out by data shard. Positions that are not wanted have slots beyond the last, each another one.
+
+        Args:
+            rows: of each data shard.
+            slots: of these rows.
+            n_slots: of a data shard.
+        """
+        context, per_pass = self.contexts.shape[1], self.sizes.shard_contexts
+        visited = [np.unique(shard_rows // context, return_inverse=True) for shard_rows in rows]
+        for low in range(0, max(len(visits) for visits, _ in visited), per_pass):
+            token_ids, places = [], []
+            for shard_rows, shard_slots, (visits, visit) in zip(rows, slots, visited, strict=True):
+                here = visits[low : low + per_pass] % len(self.contexts)
+                # Context 0 fills up: all passes are of one size, on which the bits of a GEMM's rows depend.
+                token_ids.append(self.contexts[np.pad(here, (0, per_pass - len(here)))])
+                is_here = (visit >= low) & (visit < low + per_pass)
+                place = n_slots + np.arange(per_pass * context)
+                place[(visit[is_here] - low) * context + shard_rows[is_here] % context] = shard_slots[is_here]
+                places.append(place)
+            yield np.concatenate(token_ids), np.concatenate(places)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Buffer:
+    """The shuffle buffer on the devices after a refill, with the slots to be handed out before the next, in order."""
+
+    rows: UInt16[Array, "L N D"]
+    order: Int[Array, " slots"]
+    refill: int
+
+
+class StreamSource:
+    """Shuffled batches of training rows, computed by the language model as they are needed.
+
+    The last `held_out` share of the contexts never enters a batch; position 0 of a context and BOS tokens never do. The
+    position that `next` takes is a few small integers, and the rows of a batch are a function of it and of the seed
+    alone. `arrays` gives the buffer as a position finds it: a run that saved both goes on bit for bit after `restore`.
+    From a position alone the buffer is filled anew, by all the refills of which a row is still in it.
+
+    The batches do not depend on how many devices share the layers or an SAE. They do on `mesh.data`, since each data
+    shard draws its part of a batch from its own part of the buffer. A context whose rows lie on both sides of the edge
+    of two refills is run for both. Several processes all plan the same, and their devices all take part.
+
+    The buffer is sharded by layer and data: `2 L N D` bytes, divided by these devices (`StreamSizes.buffer_bytes`).
+
+    Attributes:
+        batches_per_epoch: whole batches in an epoch; what is left of its rows begins the next epoch's first batch.
+        n_train_tokens: kept rows of the training part.
+        n_held_out_tokens: kept rows of the held-out part, without the last if they do not divide by `mesh.data`.
+        sizes: of the buffer and its refills.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        contexts: Int[np.ndarray, "n T"],
+        *,
+        bos_id: int | None,
+        batch: int,
+        seed: int,
+        held_out: int | float,
+        buffer_tokens: int,
+        replace: float,
+        forward_batch: int,
+        mesh: Mesh,
+    ):
+        """Plan the stream; nothing is computed before the first batch.
+
+        Args:
+            lm: the language model; its weights are copied to those devices of the mesh that lack them.
+            contexts: packed token ids, one context a row.
+            bos_id: the token whose rows are dropped besides those at position 0; None drops no other.
+            batch: rows per batch.
+            seed: of every permutation; not negative.
+            held_out: share of the contexts, from the end, that is never trained on; 0 <= held_out < 1.
+            buffer_tokens: rows in the shuffle buffer, rounded down to whole batches; never more than an epoch.
+            replace: share of the buffer that a refill replaces, rounded down to whole batches, at least one.
+            forward_batch: contexts in one forward pass of a device, at most.
+            mesh: devices for the layers and the rows.
+
+        Raises:
+            InputError: the contexts do not fit the model, its weights are split over devices, or an argument is out of
+                its range.
+        """
+        _check_model(lm, contexts)
+        n_train = _count_train(len(contexts), held_out, seed)
+        kept = ~dropped_rows(contexts.reshape(-1), contexts.shape[1], bos_id=bos_id).reshape(contexts.shape)
+        self.n_train_tokens = int(kept[:n_train].sum())
+        self.sizes = size_stream(
+            n_train_tokens=self.n_train_tokens,
+            rows_per_context=self.n_train_tokens / n_train,
+            batch=batch,
+            buffer_tokens=buffer_tokens,
+            replace=replace,
+            forward_batch=forward_batch,
+            layer_shards=mesh.shape[meshes.LAYER],
+            data_shards=mesh.shape[meshes.DATA],
+            latent_shards=mesh.shape[meshes.LATENT],
+        )
+        self.batch, self.seed, self.n_layers, self.d_model = batch, seed, lm.n_layers, lm.d_model
+        self.batches_per_epoch = self.n_train_tokens // batch
+        n_held_out = int(kept[n_train:].sum())
+        self.n_held_out_tokens = n_held_out - n_held_out % self.sizes.data_shards
+        self._plan = _Plan(contexts, kept, n_train, seed, self.sizes)
+        self._mesh, self._config, self._dtype = mesh, lm.config, lm.dtype
+        self._params = jax.device_put(lm.params, NamedSharding(mesh, meshes.REPLICATED))
+        self._buffer: _Buffer | None = None
+
+    def init(self) -> dict[str, int]:
+        """Return the position before the first batch."""
+        return self._position(0)
+
+    def next(self, state: Mapping[str, int]) -> tuple[dict[str, int], BFloat16[Array, "L B D"]]:
+        """Return the position after one batch, and the batch's rows on the devices, sharded by layer and data.
+
+        Layers are padded to the mesh with the last one. The call returns when the work is queued, not when it is done.
+
+        Raises:
+            InputError: the position does not belong to this stream.
+        """
+        step = self._step(state)
+        refill, batch = divmod(step, self.sizes.refill_rows // self.batch)
+        buffer, first = self._fill(refill), np.int32(batch * self.batch // self.sizes.data_shards)
+        return self._position(step + 1), take_rows(self._mesh, self.batch, buffer.rows, buffer.order, first)
+
+    def arrays(self, state: Mapping[str, int]) -> dict[str, UInt16[Array, "L N D"]]:
+        """Return the arrays that a checkpoint saves beside a position: the buffer, as bfloat16's bits.
+
+        They are to be read before the next call of `next`, which may write over them.
+
+        Raises:
+            InputError: the position does not belong to this stream.
+        """
+        return {"buffer": self._fill(self._step(state) // (self.sizes.refill_rows // self.batch)).rows}
+
+    def abstract_arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return shape, dtype and sharding of `arrays`; nothing is computed."""
+        shape = (meshes.padded_layers(self.n_layers, self._mesh), self.sizes.buffer_rows, self.d_model)
+        sharding = NamedSharding(self._mesh, meshes.BY_LAYER_AND_DATA)
+        return {"buffer": jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding)}
+
+    def restore(self, state: Mapping[str, int], arrays: Mapping[str, UInt16[Array, "L N D"]]) -> None:
+        """Go on from a position with the arrays saved beside it, which belong to the stream from then on.
+
+        Raises:
+            InputError: position or arrays do not belong to this stream.
+        """
+        step, found, wanted = self._step(state), arrays["buffer"], self.abstract_arrays()["buffer"]
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise InputError(
+                f"the saved shuffle buffer is {found.dtype} {list(found.shape)}, this run needs {wanted.dtype} "
+                f"{list(wanted.shape)}; set mesh.layer and the model back, or train again"
+            )
+        refill = step // (self.sizes.refill_rows // self.batch)
+        self._buffer = self._with_order(jax.device_put(found, wanted.sharding), refill)
+
+    def held_out_batches(self, batch: int) -> Iterator[BFloat16[Array, "L _ D"]]:
+        """Yield the kept held-out rows in order, on the devices as those of `next`; the last batch may be short.
+
+        None come without held-out rows. As many batches are computed together as the contexts of one pass hold.
+
+        Raises:
+            InputError: `batch` is not a positive multiple of `mesh.data`.
+        """
+        shards, plan = self.sizes.data_shards, self._plan
+        _check_batch(batch, shards)
+        contexts, n_rows = np.arange(plan.n_train, len(plan.contexts)), self.n_held_out_tokens
+        # One context less than a pass holds: the rows begin and end inside of contexts.
+        n_contexts = self.sizes.shard_contexts * shards - 1
+        together = max(1, n_contexts * self.n_train_tokens // plan.n_train // batch) * batch
+        for low in range(0, n_rows, together):
+            tokens = plan.tokens(contexts, low, min(low + together, n_rows))
+            pieces = [piece.reshape(shards, -1) for piece in np.split(tokens, range(batch, len(tokens), batch))]
+            rows, slots = list(np.concatenate(pieces, axis=1)), [np.arange(len(tokens) // shards)] * shards
+            buffer, order = self._write(self._empty(len(tokens)), rows, slots), self._put_slots(slots)
+            first = 0
+            for piece in pieces:
+                yield take_rows(self._mesh, piece.size, buffer, order, np.int32(first))
+                first += piece.shape[1]
+
+    def held_out_contexts(self) -> Int[np.ndarray, "n T"]:
+        """Return the held-out contexts' token ids, whole: position 0 and BOS are in them."""
+        return self._plan.contexts[self._plan.n_train :]
+
+    def sample(self, n: int, *, seed: int) -> BFloat16[np.ndarray, "L n D"]:
+        """Return `n` different training rows of this process's layers, on the host, in the order of the corpus.
+
+        They come from random contexts, a quarter of the rows of each, and from 64 contexts at least where there are so
+        many: enough for means and scales.
+
+        Raises:
+            InputError: `n` is not between 1 and `n_train_tokens`.
+        """
+        if not 1 <= n <= self.n_train_tokens:
+            raise InputError(f"a sample of {n} rows asked of {self.n_train_tokens} training rows")
+        rng = np.random.default_rng([self.seed, seed, 2])
+        contexts = rng.permutation(self._plan.n_train)
+        n_kept = np.cumsum(self._plan.rows_per_context[contexts])
+        n_contexts = max(int(np.searchsorted(n_kept, n / _SAMPLE_SHARE)) + 1, _SAMPLE_CONTEXTS)
+        candidates = self._plan.tokens(np.sort(contexts[:n_contexts]), 0, int(n_kept[:n_contexts][-1]))
+        rows = np.array_split(np.sort(rng.choice(candidates, n, replace=False)), self.sizes.data_shards)
+        width, slots = len(rows[0]), [np.arange(len(shard_rows)) for shard_rows in rows]
+        bits = meshes.fetch(self._write(self._empty(width * len(rows)), rows, slots))
+        found = np.concatenate([shard * width + shard_slots for shard, shard_slots in enumerate(slots)])
+        return bits[meshes.local_layers(self.n_layers, self._mesh)][:, found].view(ml_dtypes.bfloat16)
+
+    def _position(self, step: int) -> dict[str, int]:
+        epoch, batch = divmod(step, self.batches_per_epoch)
+        return {"epoch": epoch, "batch": batch} | self._layout()
+
+    def _layout(self) -> dict[str, int]:
+        """Return what decides, beside the seed and the contexts, which row is in which slot."""
+        return {"buffer": self.sizes.buffer_rows, "refill": self.sizes.refill_rows, "data": self.sizes.data_shards}
+
+    def _step(self, state: Mapping[str, int]) -> int:
+        """Return the number of batches before a position."""
+        epoch, batch = state.get("epoch", -1), state.get("batch", -1)
+        if epoch < 0 or not 0 <= batch < self.batches_per_epoch or not self._layout().items() <= state.items():
+            raise InputError(
+                f"the reader's position {dict(state)} does not fit a stream of {self.batches_per_epoch} batches per "
+                f"epoch with {self._layout()}; set train.batch, train.buffer_tokens, train.held_out, "
+                "activations.replace and mesh.data back, or train again"
+            )
+        return epoch * self.batches_per_epoch + batch
+
+    def _fill(self, refill: int) -> "_Buffer":
+        """Return the buffer as a refill leaves it, made by this one or by all of which a row is still in it."""
+        held = self._buffer
+        if held is not None and held.refill == refill:
+            return held
+        follows = held is not None and held.refill == refill - 1
+        rows = self._empty(self.sizes.buffer_rows) if held is None else held.rows
+        for number in range(refill if follows else self._plan.oldest_refill(refill), refill + 1):
+            rows = self._write(rows, *self._plan.refill(number))
+        self._buffer = self._with_order(rows, refill)
+        return self._buffer
+
+    def _with_order(self, rows: UInt16[Array, "L N D"], refill: int) -> "_Buffer":
+        return _Buffer(rows, self._put_slots(self._plan.drawn_slots(refill)), refill)
+
+    def _write(self, buffer: UInt16[Array, "L N D"], rows: ByShard, slots: ByShard) -> UInt16[Array, "L N D"]:
+        """Compute rows of each data shard and write them to slots of its part of `buffer`, which is donated."""
+        for token_ids, places in self._plan.passes(rows, slots, buffer.shape[1] // self.sizes.data_shards):
+            ids = _put(token_ids, NamedSharding(self._mesh, meshes.context_spec(self._mesh)))
+            # Without a name, a pass's rows are gone before those of the next are made.
+            buffer = write_rows(
+                self._mesh,
+                buffer,
+                residual_bits(self._config, self._dtype, self._mesh, self._params, ids),
+                self._put_slots([places]),
+            )
+        return buffer
+
+    def _empty(self, n_rows: int) -> UInt16[Array, "L N D"]:
+        like = self.abstract_arrays()["buffer"]
+        return jnp.zeros((like.shape[0], n_rows, like.shape[2]), like.dtype, device=like.sharding)
+
+    def _put_slots(self, slots: ByShard) -> Int[Array, " slots"]:
+        return _put(np.concatenate(slots), NamedSharding(self._mesh, meshes.BY_DATA))
+
+
+def _put(array: Int[np.ndarray, "..."], sharding: NamedSharding) -> Int[Array, "..."]:
+    """Place an array that every process has on the devices, as int32."""
+    small = array.astype(np.int32)
+    return jax.make_array_from_callback(small.shape, sharding, lambda index: small[index])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def residual_bits(
+    config: Any, dtype: str, mesh: Mesh, params: Any, token_ids: Int[Array, "contexts T"]
+) -> UInt16[Array, "L rows D"]:
+    """Run each device's contexts and bring every layer's rows to its layer shard, in one exchange along "layer".
+
+    One along "latent" gives them to all devices that share an SAE. The bits travel as uint16: for bfloat16 itself, XLA
+    on a CPU would send float32.
+
+    Args:
+        token_ids: contexts sharded over all devices, those of a data shard side by side.
+
+    Returns:
+        All positions' rows, the bits of bfloat16, sharded by layer (padded to the mesh with the last one) and data.
+    """
+    n_padding, latent_axis = meshes.padded_layers(config.n_layers, mesh) - config.n_layers, meshes.latent_axis(mesh)
+
+    def on_device(params: Any, token_ids: Int[Array, "n T"]) -> UInt16[Array, "l m D"]:
+        resid = decoder.residuals(config, params, token_ids, dtype=dtype).astype(jnp.bfloat16)
+        bits = lax.bitcast_convert_type(resid, jnp.uint16).reshape(config.n_layers, -1, config.d_model)
+        padded = jnp.concatenate([bits, jnp.repeat(bits[-1:], n_padding, axis=0)])
+        rows = lax.all_to_all(padded, meshes.LAYER, split_axis=0, concat_axis=1, tiled=True)
+        return rows if latent_axis is None else lax.all_gather(rows, latent_axis, axis=1, tiled=True, to="invarying")
+
+    specs = (meshes.REPLICATED, meshes.context_spec(mesh))
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=meshes.BY_LAYER_AND_DATA)(params, token_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def write_rows(
+    mesh: Mesh, buffer: UInt16[Array, "L N D"], bits: UInt16[Array, "L rows D"], slots: Int[Array, " rows"]
+) -> UInt16[Array, "L N D"]:
+    """Write rows to slots of their data shard, in place; a slot beyond the last drops its row."""
+
+    def on_device(buffer, bits, slots):
+        return buffer.at[:, slots].set(bits, mode="drop", unique_indices=True)
+
+    specs = (meshes.BY_LAYER_AND_DATA, meshes.BY_LAYER_AND_DATA, meshes.BY_DATA)
+    sharded = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=meshes.BY_LAYER_AND_DATA)
+    return sharded(buffer, bits, slots)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def take_rows(
+    mesh: Mesh, n_rows: int, buffer: UInt16[Array, "L N D"], order: Int[Array, " slots"], first: Int[Array, ""]
+) -> BFloat16[Array, "L B D"]:
+    """Return the rows in the slots that stand in `order` from place `first` on, as many of each data shard.
+
+    Args:
+        n_rows: B, of all data shards.
+        order: slots of each data shard's part of the buffer.
+    """
+
+    def on_device(buffer, order, first):
+        slots = lax.dynamic_slice_in_dim(order, first, n_rows // mesh.shape[meshes.DATA])
+        return lax.bitcast_convert_type(jnp.take(buffer, slots, axis=1, mode="clip"), jnp.bfloat16)
+
+    specs = (meshes.BY_LAYER_AND_DATA, meshes.BY_DATA, meshes.REPLICATED)
+    sharded = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=meshes.BY_LAYER_AND_DATA)
+    return sharded(buffer, order, first)
+
+
+def _check_batch(batch: int, data_shards: int) -> None:
+    if batch < 1 or batch % data_shards:
+        raise InputError(
+            f"train.batch is a positive multiple of mesh.data={data_shards}, got {batch}; change one of them"
+        )
+
+
+def _count_train(n_contexts: int, held_out: int | float, seed: int) -> int:
+    if not 0 <= held_out < 1:
+        raise InputError(f"the held-out share is in [0, 1), got {held_out}")
+    if seed < 0:
+        raise InputError(f"the seed is not negative, got {seed}")
+    n_train = n_contexts - count_held_out(n_contexts, held_out)
+    if n_train < 1:
+        raise InputError(
+            f"a held-out share of {held_out} leaves no training context of {n_contexts}; lower train.held_out or use "
+            "more text"
+        )
+    return n_train
+
+
+def _check_model(lm: LanguageModel, contexts: Int[np.ndarray, "n T"]) -> None:
+    if contexts.size == 0:
+        raise InputError(f"there is no context to run (shape {contexts.shape}); the corpus is too small")
+    if contexts.shape[1] > lm.n_positions:
+        raise InputError(
+            f"contexts have {contexts.shape[1]} tokens, {lm.name} takes at most {lm.n_positions}; lower corpus.context"
+        )
+    lm.check_token_ids(np.array([[contexts.min(), contexts.max()]]))
+    if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(lm.params)):
+        raise InputError(
+            f"the weights of {lm.name} are in parts over devices, a stream needs them whole on each; set "
+            "model.sharding=replicated or activations.source=store"
+        )
