@@ -32,13 +32,11 @@ _LATENT_AXES = {"W_enc": 2, "b_enc": 1, "W_dec": 1, "threshold": 1, "since_fired
 
 # The axis, counted from the end, along which each matrix of a language model is split over all devices: the first of
 # attention or MLP along what it puts out, the second along what it takes in, so that a block's only traffic is two sums
-# of activations. GPT-2 stores matrices as [in, out], the others as [out, in]; tables are split by vocabulary.
+# of activations. Matrices are [out, in]; tables are split by vocabulary.
 # Source: Shoeybi et al. 2019, arXiv:1909.08053.
 _SPLIT_AXES = {
-    **dict.fromkeys(("c_attn", "c_fc"), -1),
-    **dict.fromkeys(("c_proj",), -2),
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1"), -2),
-    **dict.fromkeys(("o_proj", "down_proj", "dense", "fc2"), -1),
+    **dict.fromkeys(("c_attn", "c_fc", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1"), -2),
+    **dict.fromkeys(("c_proj", "o_proj", "down_proj", "dense", "fc2"), -1),
     **dict.fromkeys(("wte", "embed_tokens", "lm_head"), -2),
 }
 PARAM_SHARDINGS = ("replicated", "split")

@@ -141,8 +141,8 @@ def test_put_layers__spreads_what_has_latents_along_the_latent_axis_too():
 @pytest.mark.parametrize(
     ("path", "shape", "expected"),
     [
-        (("blocks", "mlp", "c_fc", "weight"), (3, 24, 40), (3, 24, 10)),
-        (("blocks", "attn", "c_proj", "weight"), (3, 24, 24), (3, 6, 24)),
+        (("blocks", "mlp", "c_fc", "weight"), (3, 40, 24), (3, 10, 24)),
+        (("blocks", "attn", "c_proj", "weight"), (3, 24, 24), (3, 24, 6)),
         (("blocks", "mlp", "up_proj", "weight"), (3, 40, 24), (3, 10, 24)),
         (("blocks", "mlp", "fc2", "weight"), (3, 24, 40), (3, 24, 10)),
         (("blocks", "self_attn", "k_proj", "weight"), (3, 6, 24), (3, 6, 6)),  # 6 rows make no four even parts

@@ -1,9 +1,9 @@
 """Run a language model of any family: residual streams, logits, a replaced residual stream, and one token at a time.
 
 Pure functions of a config, a pytree of weights and token ids, all of which can be jitted and differentiated. The
-weights are a nested dict whose paths are Hugging Face's names, with those of the blocks stacked under `blocks`
-(`blocks/attn/c_attn/weight` of GPT-2 is [L, D, 3D]). `dtype` is the compute dtype, "float32" or "bfloat16". Dropout is
-never applied, and the values of token ids are not checked here (`LanguageModel` does).
+weights are a nested dict whose paths are Hugging Face's names, with those of the blocks stacked under `blocks` and
+matrices as [out, in] (`blocks/attn/c_attn/weight` of GPT-2 is [L, 3D, D]). `dtype` is the compute dtype, "float32" or
+"bfloat16". Dropout is never applied, and the values of token ids are not checked here (`LanguageModel` does).
 """
 
 import functools
@@ -71,15 +71,6 @@ def logits_from(
     return model.unembed(last, config, dtype)
 
 
-def unstack(config: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return weights with one dict a block in place of the stacked blocks; each block's weights are copied.
-
-    `step` runs faster on these on a CPU (`layers.unroll_blocks`), and only `step` takes them: weights that are
-    [in, out] are [out, in] there, as `layers.project` reads them.
-    """
-    return {**params, "blocks": tuple(_turn(config, block) for block in _layers_of(params["blocks"]))}
-
-
 def prefill(
     config: Any,
     params: Mapping[str, Any],
@@ -107,8 +98,9 @@ def prefill(
 
 
 def unstack_sight(sight: Sight) -> Sight:
-    """Return the sight of all layers as `step` asks for it with the weights of `unstack`."""
-    return Sight(sight.positions, _layers_of(sight.keys), _layers_of(sight.values))
+    """Return the sight of all layers as `step` asks for it with unstacked weights."""
+    stacked: Any = sight
+    return Sight(sight.positions, tuple(stacked.keys), tuple(stacked.values))
 
 
 def step(
@@ -117,7 +109,8 @@ def step(
     """Run one more token a row, at `sight.positions`.
 
     Args:
-        params: with stacked blocks, or of `unstack`.
+        params: with stacked blocks, or a tuple of one dict a block in their place, which is faster on a CPU
+            (`layers.unroll_blocks`).
         sight: of `prefill` or the step before; with unstacked weights through `unstack_sight`.
 
     Returns:
@@ -125,31 +118,15 @@ def step(
     """
     layers.check_dtype(dtype)
     if isinstance(params["blocks"], tuple):
-        weights = [_turn(config, block) for block in params["blocks"]]
-        model = _merge(config, {**params, "blocks": weights[0]})
+        model = _merge(config, {**params, "blocks": params["blocks"][0]})
         graph, _ = nnx.split(model.blocks)
-        blocks = [nnx.merge(graph, block) for block in weights]
+        blocks = [nnx.merge(graph, block) for block in params["blocks"]]
         x = model.embed(token_ids[:, None], sight.positions, config)
         last, resid, seen = layers.unroll_blocks(blocks, x, sight, _apply(config, dtype))
     else:
         model = _merge(config, params)
         last, resid, seen = _run_blocks(config, model, token_ids[:, None], sight, dtype, keep="residuals sight")
     return model.unembed(last, config, dtype)[:, 0], resid[:, :, 0], Sight(sight.positions + 1, seen.keys, seen.values)
-
-
-def _turn(config: Any, block: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a block's [in, out] weights over to [out, in], or back; the others stay."""
-    turned = families.of(config.model_type).IN_OUT_MODULES
-
-    def turn(path, leaf):
-        return leaf.T if path[-1].key == "weight" and path[-2].key in turned else leaf
-
-    return jax.tree_util.tree_map_with_path(turn, dict(block))
-
-
-def _layers_of(stacked: Any) -> tuple[Any, ...]:
-    n_layers = len(jax.tree.leaves(stacked)[0])
-    return tuple(jax.tree.map(lambda leaf: leaf[layer], stacked) for layer in range(n_layers))  # noqa: B023
 
 
 @functools.lru_cache(maxsize=16)

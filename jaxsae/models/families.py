@@ -8,7 +8,8 @@ A family is a module with
 - `Model(config, key)`, an nnx module with stacked `blocks`, each called as `block(x, config, index, sight, dtype)`, and
   the methods `embed(token_ids, positions, config)` and `unembed(x, config, dtype)`;
 - `tensor_name(path)`, `is_dot_operand(path)`, `KNOWN_BUFFERS`, `BASE_PREFIX` and `TIED_TABLE`: how its weights are
-  called in checkpoints, and which may be stored in the compute dtype; `IN_OUT_MODULES`, whose weights are [in, out].
+  called in checkpoints, and which may be stored in the compute dtype; `IN_OUT_MODULES`, whose weights checkpoints
+  have as [in, out], the transpose of what they are here.
 """
 
 from types import ModuleType

@@ -23,9 +23,6 @@ from jaxsae.models import decoder
 
 TOKENS_PER_BATCH = 2048  # rows times length of one forward pass
 STEPS_PER_DISPATCH = 8  # most tokens a row makes in vain after a stop string
-# Up to this size a CPU works on a copy of the blocks' weights, one array a layer (`decoder.unstack`), for as many bytes
-# again while a call lasts: the scan over their stack would copy each layer out of it for every token.
-UNSTACK_BYTES = 8 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +104,7 @@ def generate(
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[min(_padded_length(len(prompt)), config.n_positions - how.max_new_tokens)].append(index)
-    step_params = _unstack(config, params) if _pays_to_unstack(params) else params
-    call = _Call(config, dtype, params, step_params, how, tokenizer, _controls(config, how))
+    call = _Call(config, dtype, params, _unstack(params), how, tokenizer, _controls(config, how))
     draw_keys = _draw_keys(prompts, how.seed)
     generations: dict[int, Generation] = {}
     for length, indices in sorted(by_length.items()):
@@ -169,13 +165,18 @@ def _check_prompts(config: Any, prompts: Sequence[Any], max_new_tokens: int) -> 
             )
 
 
-def _pays_to_unstack(params: Any) -> bool:
-    leaves = jax.tree.leaves(params["blocks"])
-    is_on_cpu = all(device.platform == "cpu" for device in leaves[0].devices())
-    return is_on_cpu and sum(leaf.nbytes for leaf in leaves) <= UNSTACK_BYTES
+def _unstack(params: Any) -> Any:
+    """On a CPU, put one dict a block in place of the stacked blocks; its arrays lie in the stacks, nothing is copied.
 
-
-_unstack = jax.jit(decoder.unstack, static_argnums=0)
+    The scan over the stacks would copy each layer out of them for every token.
+    """
+    stacked, tree = jax.tree.flatten(params["blocks"])
+    device, *others = stacked[0].devices()
+    if others or device.platform != "cpu":
+        return params
+    # What does not begin at a multiple of 64 bytes is copied after all: biases and norms of the narrowest models.
+    by_layer = zip(*(jax.device_put(list(np.asarray(leaf)), device, may_alias=True) for leaf in stacked), strict=True)
+    return {**params, "blocks": tuple(jax.tree.unflatten(tree, leaves) for leaves in by_layer)}
 
 
 def _draw_keys(prompts: Sequence[Sequence[int] | np.ndarray], seed: int) -> UInt32[np.ndarray, "N 2"]:
@@ -214,7 +215,7 @@ def _pad(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What all batches of a call share; `step_params` are `params`, or their copy with unstacked blocks."""
+    """What all batches of a call share; `step_params` are `params`, with unstacked blocks where that is faster."""
 
     config: Any
     dtype: str

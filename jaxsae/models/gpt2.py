@@ -1,7 +1,7 @@
 """GPT-2: its configuration, its modules, and the names of its tensors.
 
-Learned positions, LayerNorm before attention and MLP, one projection for queries, keys and values, weights as
-[in, out]. `jaxsae.models.decoder` runs it.
+Learned positions, LayerNorm before attention and MLP, one projection for queries, keys and values; checkpoints have
+weights as [in, out]. `jaxsae.models.decoder` runs it.
 """
 
 import dataclasses
@@ -127,8 +127,8 @@ class Attention(nnx.Module):
     def __init__(self, config: GPT2Config, key: Array):
         key_in, key_out = jax.random.split(key)
         std, d = config.initializer_range, config.n_embd
-        self.c_attn = layers.Projection(key_in, d, 3 * d, std=std)
-        self.c_proj = layers.Projection(key_out, d, d, std=std / math.sqrt(2 * config.n_layer))
+        self.c_attn = layers.Linear(key_in, d, 3 * d, std=std, has_bias=True)
+        self.c_proj = layers.Linear(key_out, d, d, std=std / math.sqrt(2 * config.n_layer), has_bias=True)
 
     def __call__(self, x: Float[Array, "B T D"], config: GPT2Config, index: Int[Array, ""], sight: Sight, dtype: str):
         heads = (*x.shape[:2], config.n_head, config.d_head)
@@ -143,9 +143,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, config: GPT2Config, key: Array):
         key_in, key_out = jax.random.split(key)
-        std = config.initializer_range
-        self.c_fc = layers.Projection(key_in, config.n_embd, config.d_inner, std=std)
-        self.c_proj = layers.Projection(key_out, config.d_inner, config.n_embd, std=std / math.sqrt(2 * config.n_layer))
+        std, d, d_inner = config.initializer_range, config.n_embd, config.d_inner
+        self.c_fc = layers.Linear(key_in, d, d_inner, std=std, has_bias=True)
+        self.c_proj = layers.Linear(key_out, d_inner, d, std=std / math.sqrt(2 * config.n_layer), has_bias=True)
 
     def __call__(self, x: Float[Array, "B T D"], config: GPT2Config, dtype: str) -> Float[Array, "B T D"]:
         activation = layers.ACTIVATIONS[config.activation_function]

@@ -1,8 +1,8 @@
 """Building blocks of the language models: dots at a stated precision, norms, rotary positions, attention, the scan.
 
-A module holds its weights as `nnx.Param` and gets everything else, the compute dtype included, as arguments. Weights
-keep the shapes of the checkpoints. Norms, softmax, biases and the residual stream are float32 whatever the compute
-dtype; only the two operands of a dot are rounded to it, and its sum is float32 again.
+A module holds its weights as `nnx.Param` and gets everything else, the compute dtype included, as arguments. Matrices
+are [out, in], and tables have one row an id. Norms, softmax, biases and the residual stream are float32 whatever the
+compute dtype; only the two operands of a dot are rounded to it, and its sum is float32 again.
 """
 
 import dataclasses
@@ -65,20 +65,8 @@ def unembed(x: Float[Array, "B T D"], table: Embedding, dtype: str) -> Float[Arr
     return einsum("btd,vd->btv", x, table.weight[...], dtype)
 
 
-class Projection(nnx.Module):
-    """An affine map with its weight stored as [in, out], as GPT-2's checkpoints do."""
-
-    def __init__(self, key: Array, d_in: int, d_out: int, *, std: float):
-        self.weight = nnx.Param(std * jax.random.normal(key, (d_in, d_out)))
-        self.bias = nnx.Param(jnp.zeros(d_out))
-
-    def __call__(self, x: Float[Array, "B T d_in"], dtype: str) -> Float[Array, "B T d_out"]:
-        """Return x W + b."""
-        return project(x, self.weight[...].T, dtype) + self.bias[...].astype(jnp.float32)
-
-
 class Linear(nnx.Module):
-    """An affine map with its weight stored as [out, in], as PyTorch's checkpoints do; the bias is optional."""
+    """An affine map with its weight as [out, in]; the bias is optional."""
 
     def __init__(self, key: Array, d_in: int, d_out: int, *, std: float, has_bias: bool = False):
         self.weight = nnx.Param(std * jax.random.normal(key, (d_out, d_in)))

@@ -5,6 +5,7 @@ filled, shapes, dtypes and finiteness are checked, and the first thing wrong is 
 never more than one device's part of one weight beside what the devices hold; on CPU the arrays are the weights.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -65,8 +66,10 @@ def read_params(
     _check_names(tensors, list(itertools.chain(*names.values())), config, checkpoint)
     filled = []
     for (path, own_names), leaf in zip(names.items(), jax.tree.leaves(template), strict=True):
+        shape, is_turned = leaf.shape[1:] if _is_stacked(path) else leaf.shape, _is_turned(family, path)
         sources = [tensors[name] for name in own_names]
-        _check_shapes(sources, leaf.shape[1:] if _is_stacked(path) else leaf.shape, checkpoint)
+        _check_shapes(sources, shape[::-1] if is_turned else shape, checkpoint)
+        sources = [_turned(tensor) for tensor in sources] if is_turned else sources
         weight = _Weight(sources, leaf.shape, np.dtype(dtype if family.is_dot_operand(path) else "float32"))
         placement = None if mesh is None else param_sharding(path, leaf.shape, mesh, sharding)
         filled.append(weight.place(placement))
@@ -83,6 +86,18 @@ def _names(family: Any, path: tuple[str, ...], config: Any) -> list[str]:
 
 def _is_stacked(path: tuple[str, ...]) -> bool:
     return path[0] == "blocks"
+
+
+def _is_turned(family: Any, path: tuple[str, ...]) -> bool:
+    """Say whether checkpoints have the transpose of a weight."""
+    return path[-1] == "weight" and path[-2] in family.IN_OUT_MODULES
+
+
+def _turned(tensor: StoredTensor) -> StoredTensor:
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        return tensor.read(index[::-1]).T
+
+    return dataclasses.replace(tensor, shape=tensor.shape[::-1], read=read, axis=1 - tensor.axis)
 
 
 def _without_prefix(checkpoint: Checkpoint, family: Any) -> dict[str, StoredTensor]:
@@ -216,7 +231,8 @@ def save(folder: str | os.PathLike, config: Any, params: Mapping[str, Any]) -> N
     for path, leaf in flat.items():
         rows = np.asarray(leaf) if _is_stacked(path) else np.asarray(leaf)[None]
         for name, row in zip(_names(family, path, config), rows, strict=True):
-            tensors[_with_prefix(family, name)] = np.ascontiguousarray(row)
+            stored = row.T if _is_turned(family, path) else row
+            tensors[_with_prefix(family, name)] = np.ascontiguousarray(stored)
     with artifacts.atomic_write(folder / SINGLE_FILE) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors writes files for the owner's eyes only

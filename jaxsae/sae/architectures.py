@@ -85,6 +85,8 @@ class Architecture:
         imposes_k: training keeps k latents, on average or in each row.
         revives_dead: an auxiliary loss trains dead latents on what the living ones leave over.
         defaults: what settings of `sae` are where they are unset.
+        sparse_from: F / k from which products by codes take less time on a CPU than dense ones, measured at D 768 (2
+            cores, `tests/bench/crossover.py`).
         codes: (pre [B F], moment) -> what `loss` keeps as codes, the batch's threshold (or None), and whether the codes
             hold all of it, the same on every shard (None: always); unset where the loss is dense.
     """
@@ -99,6 +101,7 @@ class Architecture:
     imposes_k: bool = False
     revives_dead: bool = True
     defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sparse_from: float = math.inf
     codes: Callable[[Float[Array, "B F"], Moment], tuple[Codes, Any, Any]] | None = None
 
 
@@ -450,13 +453,16 @@ def _fold_fixed(params: SaeParams, estimated: Float[Array, ""], config: SaeConfi
 
 
 ARCHITECTURES = {
-    "topk": Architecture(topk_loss, _encode_topk, codes=_topk_codes, imposes_k=True, defaults={"anneal": 0.1}),
+    "topk": Architecture(
+        topk_loss, _encode_topk, codes=_topk_codes, sparse_from=40.0, imposes_k=True, defaults={"anneal": 0.1}
+    ),
     "batchtopk": Architecture(
         batch_topk_loss,
         _encode_above,
         fold=_fold_estimated,
         estimates_threshold=True,
         codes=_batch_topk_codes,
+        sparse_from=80.0,
         imposes_k=True,
         defaults={"anneal": 0.1},
     ),

@@ -161,7 +161,8 @@ def batch_topk_codes(
     largest, ids = lax.top_k(positive, min(ROW_FACTOR * k, n_latents))
     top, low = _search_largest(largest, n, axes)
     # The n-th largest of these is no larger than that of all: a row whose last is smaller has all its kept among them.
-    is_crowded = (_bits(largest[:, -1]) >= jnp.maximum(low, 1)) & (largest.shape[-1] < n_latents)
+    # A slice of the top-k itself would make XLA join the two and sort the rows; the slice of its bits does not.
+    is_crowded = (_bits(largest)[:, -1] >= jnp.maximum(low, 1)) & (largest.shape[-1] < n_latents)
     crowded = jnp.nonzero(is_crowded, size=-(-n_rows // 32), fill_value=n_rows)[0].astype(jnp.int32)
     whole_rows = positive.at[crowded].get(mode="fill", fill_value=0.0)
     largest = jnp.where(is_crowded[:, None], 0.0, largest)

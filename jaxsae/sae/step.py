@@ -28,7 +28,6 @@ from jaxsae.sae.autoencoder import AnyArray, SaeParams, unit_rows
 from jaxsae.sae.losses import Moment, Seen, aux_loss
 from jaxsae.sae.suite import SaeSuite, fold_scale
 
-SPARSE_FROM = 64  # latents per kept one from which products by codes take less time on a CPU
 _MOMENTUM = {"adam": 0.9, "signum": 0.95}  # sparsify's for Signum
 METRICS = ("loss", "mse", "fvu", "l0", "dead")  # of a step, one number a layer
 THRESHOLD_DECAY = 0.999  # of BatchTopK's threshold at inference, an exponential average
@@ -111,10 +110,10 @@ def _default_lr(optimizer: str, n_latents: int) -> float:
 def _is_sparse(sae: SaeConfig, n_latents: int) -> bool:
     """Choose the form of the products: by codes only touches k of F latents, dense is one large product.
 
-    The crossover is measured on a CPU (`launch/bench`); accelerators take the dense form until one is measured there.
+    Where one overtakes the other is measured on a CPU; accelerators take the dense form until it is measured there.
     """
     if sae.compute == "auto":
-        return jax.default_backend() == "cpu" and n_latents >= SPARSE_FROM * k_slots(sae)
+        return jax.default_backend() == "cpu" and n_latents >= architecture(sae.architecture).sparse_from * k_slots(sae)
     return sae.compute == "sparse"
 
 

@@ -102,10 +102,11 @@ class SaeLens:
         saes = {name: self._make_sae(is_sparse) for name in names}
         self.trainer = MultiSAETrainer(self._config(), saes, {name: name for name in names}, self._batches())
         if task.shared is not None:
-            for name, one in self.trainer.trainers.items():
-                rows = (batch[name] for batch in self._batches())
+            for acts, one in zip(self._acts, self.trainer.trainers.values(), strict=True):
+                # From rows apart from the batches, which its own `fit` would otherwise use up.
+                rows, n_batches = (acts[ids] for ids in torch.from_numpy(task.order)), min(len(task.order), 1000)
                 with quiet():
-                    one.activation_scaler.estimate_scaling_factor(task.acts.shape[-1], rows, min(len(task.order), 1000))
+                    one.activation_scaler.estimate_scaling_factor(task.acts.shape[-1], rows, n_batches)
 
     def _make_sae(self, is_sparse: bool) -> Any:
         task = self._task

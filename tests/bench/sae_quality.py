@@ -255,12 +255,10 @@ def differences(outcomes: list[Outcome], given: argparse.Namespace) -> Iterator[
 
 
 def _interval(of_seeds: Float[np.ndarray, " S"]) -> Float[np.ndarray, "3"]:
-    """Return the mean between the ends of its 95 % t-interval; one seed has no interval."""
-    middle, n_seeds = of_seeds.mean(), len(of_seeds)
-    if n_seeds == 1:
-        return np.array([-np.inf, middle, np.inf])
+    """Return the mean between the ends of its 95 % t-interval."""
+    n_seeds = len(of_seeds)
     half = scipy.stats.t.ppf(0.975, n_seeds - 1) * of_seeds.std(ddof=1) / n_seeds**0.5
-    return middle + half * np.array([-1, 0, 1])
+    return of_seeds.mean() + half * np.array([-1, 0, 1])
 
 
 def print_outcomes(outcomes: list[Outcome], given: argparse.Namespace) -> None:
@@ -333,7 +331,10 @@ if __name__ == "__main__":
     parser.add_argument("--k", type=int, required=True)
     parser.add_argument("--batch", type=int, default=1024, help="rows in a step")
     parser.add_argument("--n-tokens", type=int, required=True, help="rows that each SAE sees, repeated if need be")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="at least 2, which an interval needs")
     parser.add_argument("--lrs", type=float, nargs="+", default=list(LRS), help="the shared grid")
     parser.add_argument("--architectures", nargs="+", default=["topk", "batchtopk"])
-    main(parser.parse_args())
+    given = parser.parse_args()
+    if given.seeds < 2:
+        parser.error(f"--seeds is {given.seeds}; an interval needs at least 2")
+    main(given)

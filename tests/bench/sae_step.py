@@ -3,7 +3,8 @@
 TopK with k 32, Adam, batches of 2,048 rows in memory, float32, on the same number of threads. Each library runs its own
 trainer's loop at its own defaults; no latent has had the time to die, so no auxiliary loss is at work. jaxsae
 trains a suite in one program, the peers loop over SAEs. The libraries take turns within one run, a figure is the median
-of its turns. Nothing else should run meanwhile: the peers' threads wait spinning and lose most by company.
+of its turns. Nothing else should run meanwhile: the peers' threads wait spinning, and company costs them up to twice
+their time (the load of the minute before is printed). Where it cannot be avoided, OMP_WAIT_POLICY=passive is fairer.
 
 Beside it, measured in the same run: the time of the encoders' matrix products alone (the faster of XLA's and PyTorch's)
 as a share of the step. And what was learnt, by one function for all: active latents of a row, FVU on the rows before
@@ -158,7 +159,7 @@ def main(dir: Path, cases: list[str], n_turns: int) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print(
         f"ms a step of {BATCH} rows, TopK, k {K}, Adam, float32, CPU, {torch.get_num_threads()} threads; "
-        f"jaxsae {__version__}, jax {jax.__version__}, {peers.versions()}"
+        f"load {os.getloadavg()[0]:.1f}; jaxsae {__version__}, jax {jax.__version__}, {peers.versions()}"
     )
     print(f"{'case':18}{'library':17}{'ms':>8}{'quartiles':>16}{'ratio':>7}{'products':>10}{'L0':>6}  FVU")
     rows = []

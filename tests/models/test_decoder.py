@@ -70,8 +70,10 @@ def test_forward__has_every_gradient_of_transformers(make_reference, tmp_path, m
     for path, gradient in jax.tree_util.tree_flatten_with_path(jax.jit(jax.grad(loss))(lm.params))[0]:
         name = family.tensor_name(tuple(entry.key for entry in path))
         name = name if name.startswith("lm_head") else family.BASE_PREFIX + name
+        is_turned = path[-2].key in family.IN_OUT_MODULES
         for layer, row in enumerate(gradient if "{layer}" in name else [gradient]):
             seen.append(name.format(layer=layer))
+            row = row.T if is_turned else row
             bound = tolerance * max(np.abs(expected[seen[-1]]).max(), 1e-3)
             np.testing.assert_allclose(row, expected[seen[-1]], rtol=0, atol=bound, err_msg=seen[-1])
     assert sorted(seen) == sorted(expected)

@@ -153,11 +153,22 @@ def assert_same_answers(found, expected, *, exactly=False):
 def test_generate__over_stacked_weights_equals_unstacked_ones(lm, monkeypatch):
     options = {"max_new_tokens": 3, "keep_residuals": True}
     unstacked = lm.generate(random_prompts(), **options)
-    monkeypatch.setattr(generate, "UNSTACK_BYTES", 0)
+    monkeypatch.setattr(generate, "_unstack", lambda params: params)
     stacked = lm.generate(random_prompts(), **options)
     assert_same_answers(stacked, unstacked)
     for one, other in zip(stacked, unstacked, strict=True):
         np.testing.assert_allclose(one.residuals, other.residuals, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generate__on_a_cpu_unstacks_blocks_without_a_copy(write_model, dtype):
+    params = models.load(write_model(n_embd=32, n_inner=48)[0], dtype=dtype).params
+    unstacked = generate._unstack(params)
+    assert len(unstacked["blocks"]) == 3
+    for layer, block in enumerate(unstacked["blocks"]):
+        for stacked, leaf in zip(jax.tree.leaves(params["blocks"]), jax.tree.leaves(block), strict=True):
+            assert (leaf.shape, leaf.dtype) == (stacked.shape[1:], stacked.dtype)
+            assert leaf.unsafe_buffer_pointer() == stacked.unsafe_buffer_pointer() + layer * leaf.nbytes
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.8}], ids=str)

@@ -121,7 +121,7 @@ def test_load__widens_16_bit_files_exactly(write_model, stored):
     edit(folder, lambda tensors: tensors.update({name: value.astype(stored) for name, value in tensors.items()}))
     found = models.load(folder).params["blocks"]["mlp"]["c_fc"]["weight"]
     assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found[1], exact.astype(stored).astype(np.float32))
+    np.testing.assert_array_equal(found[1].T, exact.astype(stored).astype(np.float32))
 
 
 def test_load__bfloat16_stores_dot_operands_rounded_and_computes_as_forward_does(write_model):

@@ -117,6 +117,12 @@ def test_batch_topk_codes__hold_what_is_kept__or_say_that_they_do_not(name, n_sh
         np.testing.assert_array_equal(found, kept)
 
 
+def test_batch_topk_codes__compiled__search_rows_without_sorting_them():
+    text = jax.jit(lambda pre: batch_topk_codes(pre, 4, 4, None)).lower(np.zeros((64, 256), np.float32)).compile()
+    assert "TopK" in text.as_text()
+    assert " sort(" not in text.as_text()
+
+
 def test_topk_codes__with_fewer_asked_for_now__keep_those_of_a_smaller_k():
     pre = jnp.asarray(np.random.default_rng(5).normal(size=(6, 11)), jnp.float32)
     np.testing.assert_array_equal(spread(topk_codes(pre, 5, jnp.float32(2)), pre), jitted_topk(pre, 2))
