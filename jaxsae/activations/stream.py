@@ -83,7 +83,7 @@ class StreamSizes:
 def size_stream(
     *,
     n_train_tokens: int,
-    rows_per_context: float,
+    rows_per_context: int | float,
     batch: int,
     buffer_tokens: int,
     replace: float,

@@ -264,7 +264,7 @@ def test_devices__share_the_layers_and_the_rows():
 
 def test_devices__too_few_for_the_mesh_are_refused():
     with pytest.raises(
-        InputError, match=r"mesh\.layer 3 x mesh\.data 2 takes 6 devices, the plan has 4; set --devices=6"
+        InputError, match=r"mesh\.layer 3 x mesh\.data 2 x mesh\.latent 1 takes 6 devices, the plan has 4; set"
     ):
         job_of(parse("--config.mesh.layer=3", "--config.mesh.data=2"), devices=4)
 
