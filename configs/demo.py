@@ -2,8 +2,8 @@
 
     jaxsae run --config=configs/demo.py --workdir=runs/demo
 
-About 3 minutes on 2 CPU cores, 1.5 GiB of memory, 0.5 GB on disk. Expected: FVU .072 (layer 0) to .013 (layer 5) at
-L0 8, at most 1 % dead, a delta CE of at most .04; AUROC of the summed log-probability .879, of the tracks .51, of the
+About 3 minutes on 2 CPU cores, 1.5 GiB of memory, 0.5 GB on disk. Expected: FVU .072 (layer 0) to .014 (layer 5) at
+L0 8, at most 1 % dead, a delta CE of at most .04; AUROC of the summed log-probability .879, of the tracks .49, of the
 noise canary .50.
 """
 
