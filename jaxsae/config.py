@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ class SaeConfig:
     )
     compute: str = _field("auto", "dense products, sparse ones (by kept latents), or auto: what is faster here")
     aux_coefficient: float = _field(1 / 32, "weight of the loss that revives dead latents (Gao et al. 2024)")
-    dead_tokens: int = _field(10_000_000, "a latent that has not fired for this many tokens is dead")
+    dead_tokens: int = _field(
+        10_000_000, "a latent that has not fired for this many tokens is dead; at most a twentieth of the run is used"
+    )
     threshold: float | None = _field(
         None,
         "jumprelu and jumprelu_tanh: every latent's at the start, with E|x|^2 = D (those published for 1: times "
@@ -108,15 +110,22 @@ class TrainConfig:
         None, "peak learning rate; unset takes min(3e-4, 2e-4 / sqrt(F / 2^14)), of signum 5e-3 / sqrt(F / 2^14)"
     )
     dtype: str = _field("float32", "of the operands of matrix products, float32 or bfloat16; all else is float32")
-    optimizer: str = _field("adam", "adam (b1 0.9, b2 0.999), signum (the sign of the gradient's mean over 20 steps)")
+    optimizer: str = _field(
+        "adam",
+        "adam (b1 0.9, b2 0.999, less below 10,000 steps), signum (the sign of the gradient's mean over 20 steps)",
+    )
     schedule: str = _field(
         "linear",
         "linear (warm-up, then decay over the last fifth), cosine (stepped by epoch), "
         "schedule_free (warm-up, then constant, and the weights' average instead of momentum)",
     )
     warmup_steps: int = _field(1000, "steps of linear warm-up; at most a tenth of the run is used")
-    clip_norm: float = _field(1.0, "largest gradient norm of one layer's SAE")
-    unit_decoder_every: int = _field(1, "steps between two projections of the decoder's rows to unit norm")
+    clip_norm: float | None = _field(
+        None, "largest gradient norm of one layer's SAE; unset: every gradient is scaled to norm 1"
+    )
+    unit_decoder_every: int = _field(
+        1, "jumprelu_l1: steps between two projections of the decoder's rows to unit norm; others' rows are free"
+    )
     held_out: float = _field(0.05, "share of the corpus's contexts kept for evaluation")
     buffer_tokens: int = _field(131_072, "tokens in the shuffling buffer; 2 L D bytes each (stream: over all devices)")
     evaluate_every: int = _field(1000, "steps between two evaluations on held-out tokens")
@@ -184,7 +193,7 @@ class TrackingConfig:
     activation_weight: float = _field(0.2, "weight of the relative change of activation in the cost")
     gate: str = _field("before", "threshold before the assignment, or after it as in the published run")
     max_missed_layers: int = _field(0, "layers that a track may miss before it dies")
-    normalise_activations: bool = _field(False, "divide each layer's activations by their mean")
+    normalise_activations: bool = _field(False, "divide an answer's activations in each layer by their mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +202,8 @@ class DetectionConfig:
 
     folds: int = _field(5, "folds of the grouped cross-validation")
     repeats: int = _field(3, "times it is repeated with another split")
-    bootstrap: int = _field(2000, "resamples of groups behind every interval")
+    bootstrap: int = _field(2000, "resamples of groups behind every interval, permutations behind every p-value")
+    curves: bool = _field(True, "measure some detectors with fewer and with wrong labels, too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,6 +414,19 @@ def resolve(config: Any) -> RunConfig:
     resolved = RunConfig(**sections, seed=config.seed)
     _check(resolved)
     return resolved
+
+
+def read_section(settings: Mapping[str, Any], name: str) -> Any:
+    """Return a section from settings by dotted name, as `RunConfig.select` gives and a stage's record keeps them.
+
+    Raises:
+        InputError: one of its fields is not there.
+    """
+    fields = [field.name for field in dataclasses.fields(SECTIONS[name])]
+    missing = [f"{name}.{field}" for field in fields if f"{name}.{field}" not in settings]
+    if missing:
+        raise InputError(f"the run's record lacks {', '.join(missing)}; run its stages again with this jaxsae")
+    return SECTIONS[name](**{field: _plain(settings[f"{name}.{field}"]) for field in fields})
 
 
 def describe(*sections: str) -> str:

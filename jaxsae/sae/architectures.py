@@ -28,6 +28,7 @@ from jaxsae.sae.losses import (
     encoder,
     fraction_of_variance,
     see,
+    smallest_kept,
     sparse_loss,
 )
 from jaxsae.sae.selection import (
@@ -42,15 +43,18 @@ from jaxsae.sae.selection import (
 )
 
 Loss = tuple[Float[Array, ""], Seen]
+ROW_LENGTH = 0.3  # of decoder rows at the start: short ones turn faster, and lengthen as they learn
 PULL = 50.0  # an L1 penalty's largest weight where it aims at k, |x|^2 being D; published ones are 1 to 20
 SQUARE = 4.0  # weight of (L0 / k - 1)^2; with 1 more latents die on the demo's activations
 _TANH_SCALE, _PRE_ACT_WEIGHT = 4.0, 3e-6  # both published
 
 
-def init_tied(key: Array, mean: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
-    """Unit decoder rows in random directions, the encoder their transpose, b_dec the mean row."""
-    W_dec = unit_rows(jax.random.normal(key, (n_latents, len(mean))))
-    return SaeParams(W_enc=W_dec.T, b_enc=jnp.zeros(n_latents), W_dec=W_dec, b_dec=mean)
+def init_tied(
+    key: Array, centre: Float[Array, " D"], n_latents: int, config: SaeConfig, *, length: float = ROW_LENGTH
+) -> SaeParams:
+    """Decoder rows of one length in random directions, the encoder their transpose, b_dec the centre."""
+    W_dec = length * unit_rows(jax.random.normal(key, (n_latents, len(centre))))
+    return SaeParams(W_enc=W_dec.T, b_enc=jnp.zeros(n_latents), W_dec=W_dec, b_dec=centre)
 
 
 def fold_plain(params: SaeParams, estimated: Float[Array, ""], config: SaeConfig) -> dict[str, Any]:
@@ -76,10 +80,11 @@ class Architecture:
         loss: (params, acts [B D], moment) -> (this shard's share of the loss, what it saw).
         encode: (pre [B F], k, threshold [F], latent_axis) -> features [B F], the same for a row whatever the batch;
             with an axis, of this shard's latents.
-        init: (key, mean [D], F, config) -> params before the first step, on scaled rows.
+        init: (key, centre [D], F, config) -> params before the first step, on scaled rows.
         fold: (params, threshold estimated from the batches, config) -> W_enc, b_enc, W_dec, b_dec and threshold [F]
             with which `encode` does what training did.
-        is_folded: `fold` changes the weights, so that training cannot go on from them.
+        has_free_rows: the optimizer moves decoder rows of any length, while `loss` and `fold` see the SAE with unit
+            rows that is the same (`autoencoder.with_unit_rows`); else rows are projected to unit length.
         centres_input: the encoder reads acts - b_dec, and inputs are scaled so that E|x|^2 = D.
         estimates_threshold: the threshold at inference is estimated from the training batches.
         imposes_k: training keeps k latents, on average or in each row.
@@ -93,9 +98,9 @@ class Architecture:
 
     loss: Callable[[SaeParams, Float[Array, "B D"], Moment], Loss]
     encode: Callable[..., Float[Array, "B F"]]
-    init: Callable[[Array, Float[Array, " D"], int, SaeConfig], SaeParams] = init_tied
+    init: Callable[..., SaeParams] = init_tied
     fold: Callable[[SaeParams, Float[Array, ""], SaeConfig], dict[str, Any]] = fold_plain
-    is_folded: bool = False
+    has_free_rows: bool = True
     centres_input: bool = True
     estimates_threshold: bool = False
     imposes_k: bool = False
@@ -173,7 +178,8 @@ def k_slots(config: SaeConfig) -> int:
 def topk_loss(params: SaeParams, acts: Float[Array, "B D"], moment: Moment) -> Loss:
     """Return the unexplained fraction of variance with k latents a row, more at first where k is annealed."""
     pre = encoder(params, acts, centres_input=True, dtype=moment.dtype)
-    return dense_loss(params, acts, spread(_topk_codes(pre, moment)[0], pre), moment)
+    codes, *_ = _topk_codes(pre, moment)
+    return dense_loss(params, acts, spread(codes, pre), moment, bar=smallest_kept(codes.values))
 
 
 def _topk_codes(pre: Float[Array, "B F"], moment: Moment) -> tuple[Codes, None, None]:
@@ -281,7 +287,7 @@ def relu_loss(params: SaeParams, acts: Float[Array, "B D"], moment: Moment) -> L
     feats = jax.nn.relu(encoder(params, acts, centres_input=True, dtype=moment.dtype))
     error, fired = acts - moment.decode(params, feats), count_fired(feats)
     penalty = sparsity_weight(feats, moment) * moment.all_latents(moment.share(feats))
-    return see(fraction_of_variance(error, moment) + penalty, error, fired)
+    return see(fraction_of_variance(error, moment) + penalty, error, fired, bar=jnp.zeros(()))
 
 
 # Gated: one path decides which latents are active, the other how much (Rajamanoharan et al. 2024, arXiv:2404.16014).
@@ -300,12 +306,12 @@ def gated_loss(params: SaeParams, acts: Float[Array, "B D"], moment: Moment) -> 
     error, fired = acts - moment.decode(params, feats), count_fired(feats)
     through_gate = fraction_of_variance(acts - moment.decode(frozen, opening), moment)
     penalty = sparsity_weight(feats, moment) * moment.all_latents(moment.share(opening))
-    return see(fraction_of_variance(error, moment) + penalty + through_gate, error, fired)
+    return see(fraction_of_variance(error, moment) + penalty + through_gate, error, fired, bar=jnp.zeros(()))
 
 
-def _init_gated(key: Array, mean: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
+def _init_gated(key: Array, centre: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
     zeros = jnp.zeros(n_latents)
-    return dataclasses.replace(init_tied(key, mean, n_latents, config), gate={"r_mag": zeros, "b_mag": zeros})
+    return dataclasses.replace(init_tied(key, centre, n_latents, config), gate={"r_mag": zeros, "b_mag": zeros})
 
 
 def _fold_gated(params: SaeParams, estimated: Float[Array, ""], config: SaeConfig) -> dict[str, Any]:
@@ -384,17 +390,19 @@ def _thresholds(params: SaeParams) -> Float[Array, " F"]:
     return jnp.exp(params.gate["log_threshold"])
 
 
-def _init_jumprelu(key: Array, mean: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
-    """Thresholds at `sae.threshold`, or unset, where k latents would exceed them if pre-activations were normal.
+def _init_jumprelu(key: Array, centre: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
+    """Unit decoder rows, for which thresholds are published.
 
-    A random direction's pre-activation has the variance of a coordinate, (E|x|^2 - |mean|^2) / D with E|x|^2 = D. The
-    published 0.001 sqrt(D) and 0.1 leave half of the latents active at first, and take long runs to rise.
+    Thresholds lie at `sae.threshold`, or unset, where k latents would exceed them if pre-activations were normal. A
+    random direction's pre-activation has the variance of a coordinate, (E|x|^2 - |centre|^2) / D with E|x|^2 = D,
+    about a centre that is the mean. The published 0.001 sqrt(D) and 0.1 leave half of the latents active at first, and
+    take long runs to rise.
     """
-    deviation = jnp.sqrt(jnp.maximum(1 - jnp.sum(mean**2) / len(mean), 1e-6))
+    deviation = jnp.sqrt(jnp.maximum(1 - jnp.sum(centre**2) / len(centre), 1e-6))
     exceeded_by_k = deviation * jnp.maximum(jax.scipy.special.ndtri(1 - config.k / n_latents), 0.1)
     threshold = exceeded_by_k if config.threshold is None else config.threshold
     gate = {"log_threshold": jnp.full(n_latents, jnp.log(threshold))}
-    return dataclasses.replace(init_tied(key, mean, n_latents, config), gate=gate)
+    return dataclasses.replace(init_tied(key, centre, n_latents, config, length=1.0), gate=gate)
 
 
 def _fold_thresholds(params: SaeParams, estimated: Float[Array, ""], config: SaeConfig) -> dict[str, Any]:
@@ -436,9 +444,9 @@ def reference_loss(params: SaeParams, acts: Float[Array, "B D"], moment: Moment)
     return see(loss, error, count_fired(feats))
 
 
-def _init_reference(key: Array, mean: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
+def _init_reference(key: Array, centre: Float[Array, " D"], n_latents: int, config: SaeConfig) -> SaeParams:
     """The published run's: torch's nn.Linear default for both layers, then unit decoder rows."""
-    keys, d_model = jax.random.split(key, 4), len(mean)
+    keys, d_model = jax.random.split(key, 4), len(centre)
     bound_in, bound_out = d_model**-0.5, n_latents**-0.5
     return SaeParams(
         W_enc=jax.random.uniform(keys[0], (d_model, n_latents), minval=-bound_in, maxval=bound_in),
@@ -475,15 +483,12 @@ ARCHITECTURES = {
         defaults={"anneal": 0.1},
     ),
     "relu": Architecture(relu_loss, _encode_above, defaults={"anneal": 0.1}),
-    "gated": Architecture(
-        gated_loss, _encode_above, init=_init_gated, fold=_fold_gated, is_folded=True, defaults={"anneal": 0.1}
-    ),
+    "gated": Architecture(gated_loss, _encode_above, init=_init_gated, fold=_fold_gated, defaults={"anneal": 0.1}),
     "jumprelu": Architecture(
         jumprelu_loss,
         _encode_above,
         init=_init_jumprelu,
         fold=_fold_thresholds,
-        is_folded=True,
         defaults={"anneal": 0.1, "bandwidth": 2.0},
     ),
     "jumprelu_tanh": Architecture(
@@ -491,7 +496,6 @@ ARCHITECTURES = {
         _encode_above,
         init=_init_jumprelu,
         fold=_fold_thresholds,
-        is_folded=True,
         revives_dead=False,
         defaults={"anneal": 1.0, "bandwidth": 2.0},
     ),
@@ -500,6 +504,7 @@ ARCHITECTURES = {
         _encode_above,
         init=_init_reference,
         fold=_fold_fixed,
+        has_free_rows=False,
         centres_input=False,
         revives_dead=False,
         defaults={"anneal": 0.0, "threshold": 1.0, "sparsity_coefficient": 0.05},

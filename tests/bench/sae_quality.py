@@ -186,7 +186,7 @@ def make_task(rows: Rows, given: argparse.Namespace, architecture: str, seed: in
     order = make_order(rows.train.shape[1], given.n_tokens, given.batch, seed)
     steps, shared = len(order), None
     if lr is not None:  # the warm-up, decay and window are those that jaxsae takes in a short run
-        shared = peers.Shared(lr, min(1000, steps // 10), steps // 5, max(1, steps // 5) * given.batch)
+        shared = peers.Shared(lr, min(1000, steps // 10), steps // 5, max(1, steps // 20) * given.batch)
     return peers.Task(rows.train, order, architecture, given.n_latents, given.k, seed, shared)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax.contrib
 import pytest
 
 from jaxsae.config import SaeConfig, TrainConfig
@@ -58,15 +59,15 @@ def test_signum__moves_by_the_sign_of_the_mean_gradient():
     np.testing.assert_allclose(take_steps(recipe, state, 6).params.W_enc, expected, atol=1e-6)
 
 
-def defazio(state, n, base, momentum):
+def defazio(state, n, base, momentum, b2):
     """Return y and x after n steps: z by the base optimizer, x its average weighted with lr^2, y between them."""
     y = x = z = np.array(state.params.W_enc)
     total, largest, memory = 0.0, 0.0, np.zeros_like(y)
     # The weight of a step is that of the rate after it: the two count from 0 and from 1.
     for step, (rate, following) in enumerate(zip(rates(n), rates(n + 1)[1:], strict=True)):
         gradient = np.asarray(gradients(state.params, step).W_enc)
-        memory = 0.999 * memory + 0.001 * gradient**2
-        scaled = np.sign(gradient) if base == "signum" else gradient / np.sqrt(memory / (1 - 0.999 ** (step + 1)))
+        memory = b2 * memory + (1 - b2) * gradient**2
+        scaled = np.sign(gradient) if base == "signum" else gradient / np.sqrt(memory / (1 - b2 ** (step + 1)))
         largest = max(largest, following)
         total += largest**2
         z = z - rate * scaled
@@ -80,14 +81,17 @@ def test_schedule_free__is_defazios__and_evaluates_the_average(optimizer, moment
     recipe = recipe_of(optimizer, "schedule_free")
     begin = start(recipe)
     end = take_steps(recipe, begin, 9)
-    y, x = defazio(begin, 9, optimizer, momentum)
+    y, x = defazio(begin, 9, optimizer, momentum, recipe.b2)
     np.testing.assert_allclose(end.params.W_enc, y, atol=2e-6)
-    weights = weights_of(end, recipe, 9)
-    np.testing.assert_allclose(weights["W_enc"], x, atol=5e-6)
+    weights, average = weights_of(end, recipe, 9), optax.contrib.schedule_free_eval_params
+    lengths = np.linalg.norm(jax.vmap(average)(end.opt_state, end.params).W_dec, axis=-1)
+    np.testing.assert_allclose(weights["W_enc"], x * lengths[:, None, :], atol=5e-6)
     assert np.abs(x - y).max() > 1e-3
     np.testing.assert_allclose(np.linalg.norm(weights["W_dec"], axis=-1), 1, atol=1e-6)
     assert recipe.is_folded
-    assert not recipe_of(optimizer, "linear").is_folded
+    assert recipe_of(optimizer, "linear").is_folded
+    assert not recipe_of(optimizer, "linear", architecture="jumprelu_l1").is_folded
+    assert recipe_of(optimizer, "schedule_free", architecture="jumprelu_l1").is_folded
 
 
 def test_weights_of__schedule_free_and_folded__folds_the_average():

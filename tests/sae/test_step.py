@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jaxsae import mesh as meshes
 from jaxsae.artifacts import InputError
 from jaxsae.config import SaeConfig, TrainConfig
-from jaxsae.sae.architectures import gradients
+from jaxsae.sae.architectures import architecture as architecture_of
+from jaxsae.sae.autoencoder import with_unit_rows
 from jaxsae.sae.losses import Moment, aux_loss
 from jaxsae.sae.step import Recipe, init_state, keep_best, make_recipe, make_schedule, make_step, make_steps, weights_of
 
@@ -170,7 +171,7 @@ def test_step__with_latents_on_several_devices__revives_few_dead_ones_alike(comp
 
 def test_steps__of_one_dispatch__are_bitwise_those_taken_one_at_a_time():
     layer, data, latent = 2, 2, 2
-    recipe = make("topk", unit_decoder_every=3, k_start=6, anneal=0.05)  # each depends on the step's number
+    recipe = make("topk", k_start=6, anneal=0.05)  # depends on the step's number
     expected = take_steps(recipe, STEPS, layer=layer, data=data, latent=latent)
     mesh = meshes.make_mesh(L, layer=layer, data=data, latent=latent)
     state, dispatch, step = place(start(recipe), mesh), None, 0
@@ -194,24 +195,28 @@ def separate_run(recipe, states):
     """Train one SAE after another as anybody would: a plain loop and an optimizer each, no stack and no mesh."""
     is_centred = recipe.sae.architecture != "jumprelu_l1"
     optimizer = optax.chain(
-        optax.clip_by_global_norm(recipe.train.clip_norm), optax.adam(make_schedule(recipe), b1=0.9, b2=0.999)
+        optax.clip_by_global_norm(recipe.train.clip_norm), optax.adam(make_schedule(recipe), b1=0.9, b2=recipe.b2)
     )
 
     @jax.jit
     def take_step(params, optimizer_state, since_fired, acts, variance, step):
         is_dead = since_fired >= recipe.dead_tokens
         moment = Moment(variance, is_dead, step / recipe.total_steps, recipe.sae)
-        (_, seen), grads = gradients(recipe.sae.architecture, params, acts, moment)
-        if is_centred:
-            weight = jnp.where(is_dead.any(), recipe.sae.aux_coefficient, 0.0)
-            aux_grads = jax.grad(aux_loss)(params, acts, seen.error, moment, few=False)
-            grads = jax.tree.map(lambda x, y: x + weight * y, grads, aux_grads)
-        if is_centred:
-            along = (grads.W_dec * params.W_dec).sum(axis=-1, keepdims=True)
-            grads = dataclasses.replace(grads, W_dec=grads.W_dec - along * params.W_dec)
+
+        def loss(params):
+            seen_by_loss = with_unit_rows(params) if is_centred else params
+            value, seen = architecture_of(recipe.sae.architecture).loss(seen_by_loss, acts, moment)
+            if is_centred:
+                weight = jnp.where(is_dead.any(), recipe.sae.aux_coefficient, 0.0)
+                value += weight * aux_loss(seen_by_loss, acts, seen.error, moment, few=False, bar=seen.bar)
+            return value, seen
+
+        (_, seen), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
         params = optax.apply_updates(params, updates)
-        params = dataclasses.replace(params, W_dec=params.W_dec / jnp.linalg.norm(params.W_dec, axis=-1, keepdims=True))
+        if not is_centred:
+            lengths = jnp.linalg.norm(params.W_dec, axis=-1, keepdims=True)
+            params = dataclasses.replace(params, W_dec=params.W_dec / lengths)
         since_fired = jnp.where(seen.counts.fired > 0, 0, since_fired + B)
         return params, optimizer_state, since_fired, optax.tree.norm(grads)
 
@@ -274,14 +279,14 @@ def replica_groups(line):
     return devices.reshape(np.prod([list(sizes.values())[axis] for axis in along]), -1).T.tolist()
 
 
-# How many reductions of a few numbers a layer may go beside the gradients, at most: the leftover's energy (for few dead
-# latents or many); of BatchTopK the largest value, whether a row is full, and the counts of both searches, by codes
-# also whether they hold all that is kept, and the dense form's for when they do not.
+# How many reductions of few numbers may go beside the gradients, at most: for few dead latents and for many, the
+# leftover's energy and what each lacks to be kept; of BatchTopK the largest value, whether a row is full, and the
+# counts of both searches, by codes also whether they hold all that is kept, and the dense form's for when they do not.
 BESIDE = {
-    ("topk", "dense"): {"f32": 2},
-    ("topk", "sparse"): {"f32": 2},
-    ("batchtopk", "dense"): {"f32": 2, "s32": 4},
-    ("batchtopk", "sparse"): {"f32": 2, "s32": 9},
+    ("topk", "dense"): {"f32": 4},
+    ("topk", "sparse"): {"f32": 4},
+    ("batchtopk", "dense"): {"f32": 4, "s32": 4},
+    ("batchtopk", "sparse"): {"f32": 4, "s32": 9},
     ("jumprelu_l1", "dense"): {},
 }
 
@@ -294,13 +299,17 @@ def test_step__compiled__sends_gradients_once_along_data_and_nothing_along_layer
     found = collectives(compiled(make(architecture, compute=compute), layer, data).as_text())
     gradients = [shapes for _, shapes, _ in found if ("f32", (local, D, F)) in shapes]
     beside = [shape for _, shapes, _ in found if ("f32", (local, D, F)) not in shapes for shape in shapes]
+    nearest = {(F,)}  # of many dead latents; of few, D / 2
     assert {operation for operation, _, _ in found} == {"all-reduce"}
     assert len(gradients) == 1
     # The first loss equals the sum of squares up to a factor; XLA may send one of them.
     sizes = [(local, D, F), (local, F), (local, F, D), (local, D), (local, F), (local,), (local,), (local,)]
     assert set(gradients[0]) == {("f32", size) for size in sizes}
     assert len(gradients[0]) <= len(sizes)
-    assert all(np.prod(shape) <= 15 for _, shape in beside)
+    assert all(np.prod(shape) <= 15 or shape in nearest for _, shape in beside)
+    assert {shape for _, shape in beside if np.prod(shape) > 15} == (
+        set() if architecture == "jumprelu_l1" else nearest
+    )
     counts = Counter(kind for kind, _ in beside)
     assert all(counts[kind] <= BESIDE[architecture, compute].get(kind, 0) for kind in counts)
     assert set(counts) == set(BESIDE[architecture, compute])
@@ -317,8 +326,9 @@ def test_step__with_a_penalty__sends_the_batchs_l0_along_data_and_equals_one_dev
     sizes = [sum(int(np.prod(shape)) for _, shape in shapes) for _, shapes, _ in sent]
     assert {operation for operation, _, _ in sent} == {"all-reduce"}
     assert all(sorted(groups) == along(2, 4, 1)["data"] for _, _, groups in sent)
-    # The gradients and counters, the batch's L0, and where an auxiliary loss is taken, the leftover's energy.
-    assert sorted(sizes)[:-1] == [1] * (3 if architecture == "relu" else 1)
+    # The gradients and counters, the batch's L0, and where an auxiliary loss is taken, of few and of many dead latents
+    # the leftover's energy and what each lacks.
+    assert sorted(sizes)[:-1] == ([1, 1, 1, D // 2, F] if architecture == "relu" else [1])
 
 
 @functools.cache
@@ -410,10 +420,33 @@ def test_collectives__are_seen__where_plain_jit_gathers_the_pre_activations_for_
     assert (operation, groups) == ("all-gather", [list(range(8))])
 
 
-def test_step__keeps_decoder_rows_at_unit_norm():
-    for architecture in ("topk", "batchtopk"):
-        for state, _ in run(architecture, 1, 1)[1]:
-            np.testing.assert_allclose(np.linalg.norm(state.params.W_dec, axis=-1), 1, atol=1e-6)
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_step__leaves_decoder_rows_free__the_weights_for_use_have_unit_ones_and_do_the_same(architecture):
+    state, _ = run(architecture, 1, 1)[1][-1]
+    weights = weights_of(jax.tree.map(jnp.asarray, state), make(architecture), STEPS)
+    lengths = np.linalg.norm(state.params.W_dec, axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(weights["W_dec"], axis=-1), 1, atol=1e-6)
+    assert np.ptp(lengths) > 0.01
+    acts = rows(B, 0) - state.params.b_dec[:, None]
+    pre = acts @ state.params.W_enc + state.params.b_enc[:, None]
+    pre_of_weights = acts @ np.asarray(weights["W_enc"]) + np.asarray(weights["b_enc"])[:, None]
+    np.testing.assert_allclose(pre_of_weights, pre * lengths[:, None], atol=1e-5)
+    parts = pre_of_weights[..., None] * np.asarray(weights["W_dec"])[:, None]
+    np.testing.assert_allclose(parts, pre[..., None] * state.params.W_dec[:, None], atol=1e-5)
+
+
+def test_step__without_a_clip_norm__scales_each_layers_gradient_to_norm_one():
+    state, _ = take_steps(make("topk", clip_norm=None), 1)[0]
+    for layer in range(L):
+        first_moment = jax.tree.map(lambda x, layer=layer: x[layer], state.opt_state[1].mu)
+        assert float(optax.tree.norm(first_moment)) == pytest.approx(0.1, rel=1e-5)
+    clipped, _ = take_steps(make("topk", clip_norm=1e9), 1)[0]
+    norms = [float(optax.tree.norm(jax.tree.map(lambda x, i=i: x[i], clipped.opt_state[1].mu))) for i in range(L)]
+    assert (np.abs(np.array(norms) - 0.1) > 0.01).all()
+    for layer, norm in enumerate(norms):
+        np.testing.assert_allclose(
+            state.opt_state[1].mu.W_enc[layer], clipped.opt_state[1].mu.W_enc[layer] / norm / 10, rtol=1e-4, atol=1e-8
+        )
 
 
 def test_step__projects_the_decoder_every_third_step_if_asked():
@@ -421,16 +454,6 @@ def test_step__projects_the_decoder_every_third_step_if_asked():
     lengths = [np.linalg.norm(state.params.W_dec, axis=-1) for state, _ in history]
     is_unit = [bool(np.abs(row - 1).max() < 1e-6) for row in lengths]
     assert is_unit == [False, False, True, False, False, True]
-
-
-def test_step__drops_the_gradient_along_decoder_rows():
-    recipe = make("topk", clip_norm=1e9)
-    begin = jax.device_get(start(recipe))
-    state, _ = take_steps(recipe, 1)[0]
-    first_moment = state.opt_state[1].mu.W_dec  # a tenth of the first gradient
-    along = (first_moment * begin.params.W_dec).sum(axis=-1)
-    assert np.abs(along).max() < 1e-6 * np.abs(first_moment).max()
-    assert np.abs(first_moment).max() > 1e-3
 
 
 def test_step__counts_tokens_since_each_latent_fired__and_the_share_beyond_the_window():
@@ -461,7 +484,8 @@ def test_step__metrics__are_those_of_the_batch_in_residual_units():
     _, metrics = run("topk", 1, 1)[1][0]
     acts = rows(B, 0).astype(np.float64)
     for layer in range(L):
-        params = jax.tree.map(lambda x, layer=layer: x[layer].astype(np.float64), begin.params)
+        free = jax.tree.map(lambda x, layer=layer: jnp.asarray(x[layer]), begin.params)
+        params = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), with_unit_rows(free))
         scale = float(begin.scale[layer])
         pre = (acts[layer] * scale - params.b_dec) @ params.W_enc + params.b_enc
         kept = (pre >= np.sort(pre, axis=-1)[:, -K][:, None]) & (pre > 0)
@@ -533,7 +557,7 @@ def test_recipe__derives_steps_latents_window_and_learning_rate():
     assert by_epochs.lr == 3e-4
     assert make("topk", n_latents=2**16, lr=None).lr == pytest.approx(1e-4)
     assert make("topk", n_tokens=37 * B + 3).total_steps == 37
-    assert make("topk", dead_tokens=10_000_000).dead_tokens == 100 * B // 5
+    assert make("topk", dead_tokens=10_000_000).dead_tokens == 100 * B // 20
     assert make("topk", dead_tokens=1).dead_tokens == B
 
 
