@@ -20,12 +20,14 @@ _SUBMODULES = (
     "tracking",
 )
 
-__all__ = ["__version__", *_SUBMODULES]
+__all__ = ["Detector", "__version__", *_SUBMODULES]
 
 
 def __getattr__(name: str):
     if name in _SUBMODULES:
         return importlib.import_module(f"jaxsae.{name}")
+    if name == "Detector":
+        return importlib.import_module("jaxsae.pipeline.score").Detector
     raise AttributeError(f"module 'jaxsae' has no attribute {name!r}")
 
 

@@ -236,6 +236,7 @@ class Answer:
         answer_ids: the token ids it generated, before the stop, or those of the given answer; may be empty.
         label: 1 if hallucinated (no right answer in it, or given as wrong), 0 if right.
         logprobs: log-probability of each answer id given all before it, nats, one per answer id.
+        entropies: entropy of the model's distribution where it gave each answer id, nats, one per answer id.
     """
 
     id: str
@@ -249,6 +250,7 @@ class Answer:
     answer_ids: tuple[int, ...]
     label: int
     logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]
 
 
 def write_answers(path: str | os.PathLike, answers: Iterable[Answer]) -> None:
@@ -271,15 +273,16 @@ def read_answers(path: str | os.PathLike) -> list[Answer]:
         _check_version(row.get("format_version"), Path(path), rebuild)
         missing = [name for name in names if name not in row]
         if missing:
-            raise InputError(f"{path} line {number} lacks {', '.join(missing)}; {rebuild}")
+            raise InputError(f"{path} line {number} lacks {', '.join(missing)}; {rebuild} --redo")
         values: dict[str, Any] = {
             name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names
         }
-        if len(values["logprobs"]) != len(values["answer_ids"]):
-            raise InputError(
-                f"{path} line {number} has {len(values['logprobs'])} logprobs for {len(values['answer_ids'])} "
-                f"answer ids; {rebuild}"
-            )
+        for name in ("logprobs", "entropies"):
+            if len(values[name]) != len(values["answer_ids"]):
+                raise InputError(
+                    f"{path} line {number} has {len(values[name])} {name} for {len(values['answer_ids'])} answer ids; "
+                    f"{rebuild}"
+                )
         if row["id"] in seen:
             raise InputError(f"{path} line {number} repeats id {row['id']!r}; {rebuild}")
         seen.add(row["id"])

@@ -20,6 +20,9 @@ COMMANDS = {
     "detect": "features and tracks -> detectors of hallucinated answers beside baselines, metrics.json",
     "evaluate": "everything measured -> report.md, report.html and figures/",
     "plan": "time, memory and disk of each stage, before anything runs; reads no weights",
+    "audit": "any benchmark's labelled answers -> what gives the labels away without a model, one page",
+    "score": "a prompt and its answer -> how likely the answer is hallucinated, which tokens and tracks say so",
+    "transfer": "runs on different questions -> detectors trained on each, tested on the others, transfer.csv",
     "export": "saes/ -> one SAE folder per layer that another library reads",
     "import": "SAEs of another library -> saes/, for answer and track without training",
 }
@@ -48,6 +51,43 @@ _PLAN_FLAGS = """\
   --device-memory=GIB           memory of each (default: that of the one here)"""
 
 
+_AUDIT_FLAGS = """\
+  FILE                          .csv, .tsv, .jsonl or .json: question, answer, label (1 = hallucinated) and, if there,
+                                group, category, split; or right and wrong answers, as TruthfulQA.csv, HaluEval's files
+                                (question, right_answer, hallucinated_answer) or a question set with wrong_answers
+  --out=DIR                     gets audit.html, audit.md and audit.json
+  --pairs=question              rows of right and wrong answers: question (the best right and the most tempting wrong
+                                one), published (the best right one beside each wrong one), all (each beside each)
+  --columns=FIELD=COLUMN,...    columns of other names, as --columns=answer=model_text,label=is_wrong
+  --seed=0                      of splits, noise and resamples
+  --bootstrap=2000              resamples of questions behind every interval
+  --dry-run                     read and check FILE, write nothing
+
+Reads no model and no config. Asks, each time with a 95% interval over resampled questions: do texts stand on both
+sides of a split by pair or row, and does noise then detect; what do the length of the answer, the text of question and
+answer, the category, the order of the rows, and knowing which question it is tell of the label; which differences
+between detectors can so many rows show at all."""
+_SCORE_FLAGS = """\
+  --workdir=DIR                 the run whose detector, SAEs and language model are used; nothing is written there
+  --prompt=TEXT                 the whole prompt, of the form that the run's prompts have (questions.prompt)
+  --answer=TEXT                 its answer; left out: the model answers
+  --file=ROWS.jsonl             instead: an object a line with prompt and, if they like, answer and id; out come JSON
+                                lines (docs/formats.md), each what --prompt and --answer would give
+  --out=FILE                    new file for these lines (default: stdout)
+  --tracks=3                    tracks to explain; 0 is many times faster
+  --draws=20                    random deletions beside each of them
+  --model=NAME                  the run's language model, where it does not lie where the run read it
+
+A probability is calibrated on the run's own answers: on other questions or another form of prompt it is an
+extrapolation. Beside each explanation stands its check: what the same deletion does inside the model, and what
+random deletions of like size do."""
+_TRANSFER_FLAGS = """\
+  DIR DIR ...                   runs of one language model and the same SAEs, on different questions, after jaxsae track
+  --out=DIR                     gets transfer.csv and transfer.json
+  --seed=0                      of splits, forests and resamples
+  --bootstrap=2000              resamples of groups behind every interval
+
+Answers of the tested run whose group or text is in the training run are left out, and counted."""
 _EXCHANGE_FLAGS = {
     "export": """\
   --workdir=DIR                 the run whose SAEs are written
@@ -100,6 +140,12 @@ def help_text(command: str | None = None) -> str:
         lines = [f"  {name:<9} {summary}" for name, summary in COMMANDS.items()]
         start = "launch/demo runs all of them on a small model in minutes; jaxsae COMMAND --help lists the settings."
         return "\n".join([_USAGE, "", *lines, "", _FLAGS, "", start])
+    if command == "audit":
+        return "\n".join([f"jaxsae audit FILE --out=DIR: {COMMANDS[command]}", "", _AUDIT_FLAGS])
+    if command == "score":
+        return "\n".join([f"jaxsae score: {COMMANDS[command]}", "", _SCORE_FLAGS])
+    if command == "transfer":
+        return "\n".join([f"jaxsae transfer DIR DIR ... --out=DIR: {COMMANDS[command]}", "", _TRANSFER_FLAGS])
     if command in _EXCHANGE_FLAGS:
         return "\n".join([f"jaxsae {command}: {COMMANDS[command]}", "", _EXCHANGE_FLAGS[command]])
     from jaxsae.config import describe
@@ -120,8 +166,14 @@ def _command(argv: list[str]) -> int:
     if not names or names[0] not in COMMANDS:
         given = names[0] if names else "no command"
         raise InputError(f"expected a command ({', '.join(COMMANDS)}), got {given}{_nearest(given)}")
+    if names[0] == "score":
+        return _score(argv)
     if names[0] in _EXCHANGE_FLAGS:
         return _exchange(names[0], argv)
+    if names[0] == "audit":
+        return _audit(argv)
+    if names[0] == "transfer":
+        return _transfer(argv)
     flag_values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=flag_values)
     flags.DEFINE_bool("dry_run", False, "change nothing", flag_values=flag_values)
@@ -181,6 +233,100 @@ def _plan(config, flag_values) -> int:
     workdir = Path(flag_values.workdir) if flag_values.workdir else None
     lines = plan.run(config, workdir, devices=flag_values.devices, device_gib=flag_values.device_memory)
     print("\n".join(lines))
+    return 0
+
+
+def _audit(argv: list[str]) -> int:
+    from absl import flags
+    from absl import logging as absl_logging
+
+    from jaxsae.artifacts import InputError
+
+    given = flags.FlagValues()
+    flags.DEFINE_string("out", None, "folder for the audit", flag_values=given)
+    flags.DEFINE_string("pairs", None, "how rows are made of pairs", flag_values=given)
+    flags.DEFINE_list("columns", [], "FIELD=COLUMN", flag_values=given)
+    flags.DEFINE_integer("seed", 0, "of everything drawn", 0, flag_values=given)
+    flags.DEFINE_integer("bootstrap", 2000, "resamples", 100, flag_values=given)
+    flags.DEFINE_bool("dry_run", False, "change nothing", flag_values=given)
+    flags.DEFINE_integer("verbosity", 0, "how much is logged", flag_values=given)
+    try:
+        words = given([_with_underscore(arg) for arg in argv])[2:]
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    if len(words) != 1:
+        raise InputError(f"jaxsae audit takes one FILE, a benchmark's answers; got {' '.join(words) or 'none'}")
+    if not given.out:
+        raise InputError("--out is missing; name a folder for the audit's files")
+    flags.FLAGS.mark_as_parsed()
+    _set_up_logging(absl_logging, given.verbosity)
+    from jaxsae.pipeline import audit
+
+    settings = {"seed": given.seed, "bootstrap": given.bootstrap, "dry_run": given.dry_run}
+    print(audit.run(words[0], Path(given.out), pairs=given.pairs, columns=given.columns, **settings))
+    return 0
+
+
+def _score(argv: list[str]) -> int:
+    from absl import flags
+    from absl import logging as absl_logging
+
+    from jaxsae.artifacts import InputError
+
+    given = flags.FlagValues()
+    for name in ("workdir", "prompt", "answer", "file", "out", "model"):
+        flags.DEFINE_string(name, None, "see jaxsae score --help", flag_values=given)
+    flags.DEFINE_integer("tracks", 3, "to explain", 0, flag_values=given)
+    flags.DEFINE_integer("draws", 20, "random deletions", 1, flag_values=given)
+    flags.DEFINE_integer("verbosity", 0, "how much is logged", flag_values=given)
+    try:
+        words = given(argv)[2:]
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    if words:
+        raise InputError(f"jaxsae score takes flags alone; got {' '.join(words)}; quote texts: --prompt='...'")
+    if not given.workdir:
+        raise InputError("--workdir is missing; name the folder of a finished run")
+    if (given.prompt is None) == (given.file is None):
+        raise InputError("give --prompt or --file, one of the two; jaxsae score --help says what they take")
+    beside = [name for name in (("answer",) if given.file is not None else ("out",)) if given[name].value is not None]
+    if beside:
+        raise InputError(f"--{beside[0]} does not go with --{'file' if given.file is not None else 'prompt'}")
+    flags.FLAGS.mark_as_parsed()
+    _set_up_logging(absl_logging, given.verbosity)
+    from jaxsae.pipeline import scoring
+
+    how = {"model": given.model, "tracks": given.tracks, "draws": given.draws}
+    if given.file is None:
+        print(scoring.score_prompt(Path(given.workdir), given.prompt, given.answer, **how))
+    else:
+        out = Path(given.out) if given.out is not None else None
+        scoring.score_file(Path(given.workdir), Path(given.file), out, **how)
+    return 0
+
+
+def _transfer(argv: list[str]) -> int:
+    from absl import flags
+    from absl import logging as absl_logging
+
+    from jaxsae.artifacts import InputError
+
+    given = flags.FlagValues()
+    flags.DEFINE_string("out", None, "folder for the matrix", flag_values=given)
+    flags.DEFINE_integer("seed", 0, "of everything drawn", 0, flag_values=given)
+    flags.DEFINE_integer("bootstrap", 2000, "resamples", 100, flag_values=given)
+    flags.DEFINE_integer("verbosity", 0, "how much is logged", flag_values=given)
+    try:
+        words = given(argv)[2:]
+    except flags.Error as error:
+        raise InputError(str(error)) from None
+    if not given.out:
+        raise InputError("--out is missing; name a folder for transfer.csv and transfer.json")
+    flags.FLAGS.mark_as_parsed()
+    _set_up_logging(absl_logging, given.verbosity)
+    from jaxsae.pipeline import transfer
+
+    print(transfer.run([Path(word) for word in words], Path(given.out), seed=given.seed, bootstrap=given.bootstrap))
     return 0
 
 

@@ -36,6 +36,7 @@ def make_answers():
             answer_ids=ids,
             label=label,
             logprobs=tuple(-0.5 * token for token in ids),
+            entropies=tuple(0.25 * token for token in ids),
         )
         for name, ids, label in rows
     ]
@@ -301,18 +302,22 @@ def rewrite(path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rows: rows[1].update(format_version=2), "has format_version 2, this jaxsae reads 1"),
-        (lambda rows: (rows[1].pop("label"), rows[1].pop("group")), "line 2 lacks group, label"),
-        (lambda rows: rows[2].update(id="a"), "line 3 repeats id 'a'"),
-        (lambda rows: rows[0].update(logprobs=[-1.0]), "line 1 has 1 logprobs for 3 answer ids"),
-        (lambda rows: rows.clear(), "holds no answer"),
+        (lambda rows: rows[1].update(format_version=2), "has format_version 2, this jaxsae reads 1; run jaxsae answer"),
+        (
+            lambda rows: (rows[1].pop("label"), rows[1].pop("group")),
+            "line 2 lacks group, label; run jaxsae answer --redo",
+        ),
+        (lambda rows: rows[2].update(id="a"), "line 3 repeats id 'a'; run jaxsae answer"),
+        (lambda rows: rows[0].update(logprobs=[-1.0]), "line 1 has 1 logprobs for 3 answer ids; run jaxsae answer"),
+        (lambda rows: rows[0].update(entropies=[1.0]), "line 1 has 1 entropies for 3 answer ids; run jaxsae answer"),
+        (lambda rows: rows.clear(), "holds no answer; run jaxsae answer"),
     ],
 )
 def test_read_answers__names_line_damage_and_way_out(tmp_path, change, words):
     path = tmp_path / "answers.jsonl"
     artifacts.write_answers(path, make_answers())
     rewrite(path, change)
-    with pytest.raises(InputError, match=rf"answers\.jsonl {words}; run jaxsae answer$"):
+    with pytest.raises(InputError, match=rf"answers\.jsonl {words}$"):
         artifacts.read_answers(path)
 
 

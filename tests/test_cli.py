@@ -89,6 +89,23 @@ WRONG = {
     "export to nowhere": (["export", "--workdir=w"], "--out is missing; jaxsae export --help says"),
     "export of what": (["export", "saes", "--workdir=w", "--out=o"], "export takes flags alone; got saes"),
     "export of no run": (["export", "--workdir=w", "--out=o"], r"w/saes/suite\.json is missing; run jaxsae train"),
+    "score of nothing": (["score", "--workdir=w"], "give --prompt or --file, one of the two"),
+    "score of two": (["score", "--workdir=w", "--prompt=a", "--file=b"], "give --prompt or --file, one of the two"),
+    "score nowhere": (["score", "--prompt=a"], "--workdir is missing; name the folder of a finished run"),
+    "score of an unquoted text": (["score", "--workdir=w", "--prompt=a", "b"], "score takes flags alone; got b; quote"),
+    "score with answer and file": (
+        ["score", "--workdir=w", "--file=a", "--answer=b"],
+        "--answer does not go with --file",
+    ),
+    "score with prompt and out": (["score", "--workdir=w", "--prompt=a", "--out=b"], "--out does not go with --prompt"),
+    "score with fewer than no tracks": (["score", "--workdir=w", "--prompt=a", "--tracks=-1"], "--tracks=-1: "),
+    "score with no draws": (["score", "--workdir=w", "--prompt=a", "--draws=0"], "--draws=0: "),
+    "score with a config": (["score", DEMO, "--workdir=w", "--prompt=a"], "Unknown command line flag 'config'"),
+    "score of no run": (
+        ["score", "--workdir=w", "--prompt=a"],
+        r"w/detector/detector\.json is missing; run jaxsae detect",
+    ),
+    "score of no file": (["score", "--workdir=w", "--file=a"], "a is missing or not a file"),
     "earlier stage not run": (
         ["train", DEMO, "--workdir=w"],
         r"w/activations/meta\.json is missing: run jaxsae extract",
@@ -112,7 +129,7 @@ def test_wrong_config_file__ends_in_one_line(fails, tmp_path_factory):
 def test_help__lists_the_stages_in_order(arguments, capsys):
     assert cli.run(["jaxsae", *arguments]) == 0
     said = capsys.readouterr().out
-    names = ("run", *STAGES, "plan", "export", "import")
+    names = ("run", *STAGES, "plan", "audit", "score", "export", "import")
     places = [re.search(rf"^  {name} +\w", said, flags=re.MULTILINE).start() for name in names]
     assert places == sorted(places)
     for flag in ("--config=FILE", "--workdir=DIR", "--dry-run", "--redo"):
@@ -142,8 +159,16 @@ def test_help__of_exchange_names_its_flags(command, flags, capsys):
     assert re.findall(r"^  --(\w+)=", said, flags=re.MULTILINE) == flags
 
 
+def test_help__of_score_names_its_flags(capsys):
+    assert cli.run(["jaxsae", "score", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"jaxsae score: {cli.COMMANDS['score']}\n")
+    named = re.findall(r"^  --(\w+)=", said, flags=re.MULTILINE)
+    assert named == ["workdir", "prompt", "answer", "file", "out", "tracks", "draws", "model"]
+
+
 def test_commands__are_run_the_stages_plan_and_exchange():
-    assert list(cli.COMMANDS) == ["run", *STAGES, "plan", "export", "import"]
+    assert list(cli.COMMANDS) == ["run", *STAGES, "plan", "audit", "score", "export", "import"]
 
 
 def test_help__answers_within_a_second_and_loads_nothing_heavy():

@@ -6,9 +6,11 @@ predictions behind it, and one fitted detector. No language model, SAE or jax he
 """
 
 from jaxsae.detection.baselines import DETECTORS
+from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.detector import FittedDetector, fit_detector
-from jaxsae.detection.protocol import ProtocolConfig, Results, evaluate
+from jaxsae.detection.protocol import Results, evaluate
 from jaxsae.detection.tables import Tables, build_tables
+from jaxsae.detection.tidy import tidy
 
 __all__ = [
     "DETECTORS",
@@ -19,4 +21,5 @@ __all__ = [
     "build_tables",
     "evaluate",
     "fit_detector",
+    "tidy",
 ]

@@ -19,12 +19,16 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
-from jaxsae.artifacts import RESID_POSITIONS
-from jaxsae.detection.tables import LOGPROB_COLUMNS, Tables
+from jaxsae.artifacts import RESID_POSITIONS, InputError
+from jaxsae.detection.tables import ENTROPY_COLUMNS, LOGPROB_COLUMNS, TRACK_CONTROLS, Tables
 
-LOGPROB_DETECTORS = tuple(f"logprob_{column}" for column in LOGPROB_COLUMNS)
+LOGPROB_DETECTORS = (
+    *(f"logprob_{column}" for column in LOGPROB_COLUMNS),
+    *(f"entropy_{column}" for column in ENTROPY_COLUMNS),
+)
 PROBES = tuple(f"probe_{position}" for position in RESID_POSITIONS)
 TEXT_DETECTORS = ("question_tfidf", "answer_tfidf", "question_answer_tfidf")
+CONTROLS = tuple(f"tracks_{name}" for name in TRACK_CONTROLS)  # beside tracks_logistic, the same regression
 NOISE_CANARY = "noise_canary"
 STACKS = {  # a stack's name -> the detectors whose scores it reads
     "stack": (*LOGPROB_DETECTORS, *PROBES),
@@ -44,6 +48,7 @@ DETECTORS = (
     "sae_best_latent",
     "tracks_forest",
     "tracks_logistic",
+    *CONTROLS,
     *STACKS,
 )
 _CHOLESKY_COLUMNS = 512  # above, the Newton solver's D x D Hessian costs more than L-BFGS's steps (measured)
@@ -183,10 +188,12 @@ def make_baselines(settings: Settings, n_layers: int) -> dict[str, Baseline]:
         _length(),
         *_text(),
         *_logprobs(),
+        *_entropies(),
         *_probes(settings, n_layers),
         *_sae(settings, n_layers),
         _forest(settings),
         _tracks_logistic(),
+        *_track_controls(),
     ]
     return {baseline.name: baseline for baseline in baselines}
 
@@ -271,6 +278,21 @@ def _logprobs() -> list[Baseline]:
     return [make(index, column) for index, column in enumerate(LOGPROB_COLUMNS)]
 
 
+def _entropies() -> list[Baseline]:
+    words = {"mean": "mean", "max": "largest"}
+
+    def make(index: int, column: str) -> Baseline:
+        return Baseline(
+            name=f"entropy_{column}",
+            definition=f"the {words[column]} entropy of the distributions that the answer's tokens were chosen from; "
+            "only calibration is fitted",
+            inputs=lambda tables, choice: tables.entropies[:, index : index + 1],
+            estimator=lambda choice, n_rows, n_columns: FixedScore(),
+        )
+
+    return [make(index, column) for index, column in enumerate(ENTROPY_COLUMNS)]
+
+
 def _probes(settings: Settings, n_layers: int) -> list[Baseline]:
     spots = {"last_prompt": "at the last prompt token", "last_answer": "at the last answer token"}
 
@@ -340,3 +362,29 @@ def _tracks_logistic() -> Baseline:
         inputs=lambda tables, choice: tables.track_metrics,
         estimator=lambda choice, n_rows, n_columns: _logistic(1.0, n_columns),
     )
+
+
+def _track_controls() -> list[Baseline]:
+    words = {
+        "none": "tracks that end after one layer each: what the latents of single layers tell",
+        "shuffled": "tracks whose links were drawn anew among those of one answer and layer: what births, deaths and "
+        "activations tell without who goes on as whom",
+        "random_decoders": "tracks followed by the cosines of random directions in place of the decoders",
+    }
+
+    def make(name: str) -> Baseline:
+        def inputs(tables: Tables, choice: Choice) -> Matrix:
+            if name not in tables.track_controls:
+                raise InputError(
+                    f"tracks.npz has no control {name!r}, which detector tracks_{name} reads; run jaxsae track --redo"
+                )
+            return tables.track_controls[name]
+
+        return Baseline(
+            name=f"tracks_{name}",
+            definition=f"control of tracks_logistic, the same on {words[name]}",
+            inputs=inputs,
+            estimator=lambda choice, n_rows, n_columns: _logistic(1.0, n_columns),
+        )
+
+    return [make(name) for name in TRACK_CONTROLS]

@@ -14,6 +14,7 @@ from sklearn.base import BaseEstimator
 
 from jaxsae.artifacts import InputError, atomic_write, read_json, sha256_file, write_json
 from jaxsae.detection.baselines import STACKS, Baseline, Choice, Settings, make_baselines
+from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.nesting import (
     NO_FOLD,
     Fitter,
@@ -22,7 +23,7 @@ from jaxsae.detection.nesting import (
     quiet_single_threaded_blas,
     raw_scores,
 )
-from jaxsae.detection.protocol import ProtocolConfig, check_rows, make_folds
+from jaxsae.detection.splits import check_rows, make_folds
 from jaxsae.detection.tables import Tables
 
 JSON_NAME = "detector.json"
@@ -72,7 +73,19 @@ class FittedDetector:
     n_groups: int
 
     def scores(self, tables: Tables) -> Float[np.ndarray, " N"]:
-        """Return uncalibrated scores, higher = more likely hallucinated.
+        """Return uncalibrated scores, higher = more likely hallucinated; raises as `part_scores` does."""
+        return self.combine(self.part_scores(tables))
+
+    def combine(self, part_scores: Float[np.ndarray, "N parts"]) -> Float[np.ndarray, " N"]:
+        """Return the uncalibrated scores that the parts' scores amount to."""
+        return part_scores[:, 0] if self.stack is None else raw_scores(self.stack, part_scores)
+
+    def calibrated(self, scores: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+        """Return the probabilities of hallucination that uncalibrated scores stand for."""
+        return expit(self.slope * scores + self.intercept)
+
+    def part_scores(self, tables: Tables) -> Float[np.ndarray, "N parts"]:
+        """Return the score of each of `parts`, in their order.
 
         Raises:
             InputError: the tables have another layout than the rows the detector was fitted on.
@@ -88,11 +101,11 @@ class FittedDetector:
         tables = dataclasses.replace(tables, n_latents=self.layout["n_latents"])
         baselines = make_baselines(self.settings, tables.n_layers)
         columns = [raw_scores(part.estimator, baselines[part.name].inputs(tables, part.choice)) for part in self.parts]
-        return columns[0] if self.stack is None else raw_scores(self.stack, np.stack(columns, axis=1))
+        return np.stack(columns, axis=1)
 
     def predict_proba(self, tables: Tables) -> Float[np.ndarray, "N 2"]:
         """Return the calibrated probabilities of right (column 0) and hallucinated (column 1)."""
-        hallucinated = expit(self.slope * self.scores(tables) + self.intercept)
+        hallucinated = self.calibrated(self.scores(tables))
         return np.stack([1 - hallucinated, hallucinated], axis=1)
 
     def predict(self, tables: Tables) -> Int[np.ndarray, " N"]:

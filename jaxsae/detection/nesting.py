@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from jaxsae.detection import statistics
 from jaxsae.detection.baselines import Baseline, Choice, Matrix
-from jaxsae.detection.tables import Tables
+from jaxsae.detection.tables import UNKNOWN_LABEL, Tables
 
 INNER = ("neighbours", "all")
 NO_FOLD = -1  # the outer "fold" when nothing is held out
@@ -52,14 +52,23 @@ class Nested:
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """One detector's calibrated probabilities and decisions (1 = hallucinated) under one split."""
+    """One detector's calibrated probabilities and decisions (1 = hallucinated) under one split.
+
+    Attributes:
+        probabilities: by Platt's line; the decisions are of these.
+        isotonic: the same scores' probabilities by isotonic regression, fitted on the same rows.
+    """
 
     probabilities: Float[np.ndarray, " N"]
     decisions: Int[np.ndarray, " N"]
+    isotonic: Float[np.ndarray, " N"]
 
 
 class Fitter:
-    """Fit and score one baseline, counting fits and those that ran out of iterations."""
+    """Fit and score one baseline, counting fits and those that ran out of iterations.
+
+    Rows of label -1 are scored, and neither fitted on nor used to choose.
+    """
 
     def __init__(self, baseline: Baseline, labels: Int[np.ndarray, " N"], *, scheme: str = "all") -> None:
         self.baseline = baseline
@@ -73,6 +82,7 @@ class Fitter:
     ) -> BaseEstimator:
         """Fit on the rows of a boolean mask, with the baseline's estimator or another one."""
         make = make or self.baseline.estimator
+        rows = rows & (self.labels != UNKNOWN_LABEL)
         estimator = make(choice, int(rows.sum()), inputs.shape[1])
         estimator.fit(inputs[rows], self.labels[rows])
         self.n_fits += 1
@@ -173,9 +183,16 @@ def inner_folds(n_folds: int, outer: int, *, scheme: str) -> list[int]:
     return sorted({(outer - 1) % n_folds, (outer + 1) % n_folds})
 
 
-def nest_baseline(baseline: Baseline, tables: Tables, fold: Int[np.ndarray, " N"], *, scheme: str) -> Nested:
-    """Choose, fit and score one detector under one split."""
-    fitter = Fitter(baseline, tables.labels, scheme=scheme)
+def nest_baseline(
+    baseline: Baseline,
+    tables: Tables,
+    fold: Int[np.ndarray, " N"],
+    *,
+    scheme: str,
+    labels: Int[np.ndarray, " N"] | None = None,
+) -> Nested:
+    """Choose, fit and score one detector under one split, with the tables' labels or with others."""
+    fitter = Fitter(baseline, tables.labels if labels is None else labels, scheme=scheme)
     chosen, inner = fitter.select(tables, fold, folds_of(fold))
     scores = fitter.hold_out(tables, fold, chosen)
     return Nested(scores, inner, chosen, fitter.n_fits, fitter.n_unconverged)
@@ -236,12 +253,15 @@ def fit_stack(
 def judge(nested: Nested, labels: Int[np.ndarray, " N"], fold: Int[np.ndarray, " N"], *, objective: str) -> Verdicts:
     """Calibrate each outer fold's scores and decide on its rows, by its inner scores alone."""
     probabilities, decisions = np.empty(len(fold)), np.empty(len(fold), dtype=np.int64)
+    isotonic = np.empty(len(fold))
     for outer in folds_of(fold):
         rows = fold == outer
         slope, intercept, threshold = calibrate(nested.inner[outer], labels, objective=objective)
         probabilities[rows] = expit(slope * nested.scores[rows] + intercept)
         decisions[rows] = probabilities[rows] >= threshold
-    return Verdicts(probabilities, decisions)
+        inner, known = nested.inner[outer], ~np.isnan(nested.inner[outer])
+        isotonic[rows] = statistics.fit_isotonic(inner[known], labels[known]).predict(nested.scores[rows])
+    return Verdicts(probabilities, decisions, isotonic)
 
 
 def calibrate(
@@ -271,7 +291,7 @@ def folds_of(fold: Int[np.ndarray, " N"]) -> range:
 
 
 def _inner_auroc(scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float:
-    scored = ~np.isnan(scores)
+    scored = ~np.isnan(scores) & (labels != UNKNOWN_LABEL)
     return float(roc_auc_score(labels[scored], scores[scored]))
 
 

@@ -1,4 +1,4 @@
-"""Numbers from scores: rates at a threshold, calibration, AUROC on resampled groups and its intervals."""
+"""Numbers from scores: rates at a threshold, calibration, risk at a coverage, AUROC on resampled groups, p-values."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Integer, Num
+from scipy.stats import rankdata
+from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
@@ -28,6 +30,14 @@ def fit_platt(scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) ->
     line = LogisticRegression(C=1.0, solver="newton-cholesky").fit(standard, labels)
     slope = float(line.coef_[0, 0]) / deviation
     return slope, float(line.intercept_[0]) - slope * mean
+
+
+def fit_isotonic(scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> IsotonicRegression:
+    """Fit the rising curve from score to rate that has the least squared error; beyond the scores seen it is flat.
+
+    Source: Zadrozny and Elkan 2002, "Transforming classifier scores into accurate multiclass probability estimates".
+    """
+    return IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(scores, labels)
 
 
 def choose_threshold(
@@ -108,6 +118,37 @@ def calibration_metrics(
     }
 
 
+def risk_coverage(
+    scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"], *, points: int = 20
+) -> dict[str, Any]:
+    """Return how many of the answers kept are hallucinated when those of the highest scores are withheld.
+
+    Risk at coverage c is the share hallucinated among the c N answers of the lowest scores; answers of one score are
+    kept in random order, whose expectation this is. AURC is the mean of the risk over coverages 1/N, 2/N, ..., 1.
+    Source: Geifman et al. 2019, "Bias-reduced uncertainty estimation for deep neural classifiers", arXiv:1805.08206.
+
+    Args:
+        points: of the curve, evenly from 1 / points to 1.
+
+    Returns:
+        aurc; aurc_best, of a ranking without an error (a ranking by chance has the base rate); risk_coverage: a row per
+        point with coverage and risk.
+    """
+    _, wrong, right = _cuts(-scores, labels)
+    kept_at = (wrong + right).astype(np.float64)
+    n_rows, n_right = len(labels), int(right[-1])
+    kept = np.arange(1, n_rows + 1)
+    coverage = np.arange(1, points + 1) / points
+    return {
+        "aurc": float(np.mean(np.interp(kept, kept_at, wrong) / kept)),
+        "aurc_best": float(np.mean(np.maximum(kept - n_right, 0) / kept)),
+        "risk_coverage": [
+            {"coverage": float(share), "risk": float(np.interp(share * n_rows, kept_at, wrong) / (share * n_rows))}
+            for share in coverage
+        ],
+    }
+
+
 def decision_metrics(decisions: Int[np.ndarray, "repeats N"], labels: Int[np.ndarray, " N"]) -> dict[str, float]:
     """Return accuracy, precision, recall and F1 of all decisions together; a ratio over nothing is 0."""
     tp = int(np.sum((decisions == 1) & (labels == 1)))
@@ -173,6 +214,53 @@ def resample_auroc(
         with np.errstate(invalid="ignore"):
             aurocs[start : start + step] = (sets.T @ beaten / 2 / pairs).T
     return aurocs
+
+
+def permutation_p(
+    scores: Float[np.ndarray, "N sets"],
+    labels: Int[np.ndarray, " N"],
+    *,
+    group: Int[np.ndarray, " N"],
+    permutations: int,
+    seed: int,
+) -> Float[np.ndarray, " sets"]:
+    """Return the share of label permutations whose AUROC is at least the one found, the data as found among them.
+
+    The null is that scores know nothing of labels that come in groups: groups of one size exchange their labels whole,
+    and each group then shuffles them among its rows. Scores are held fixed; those that were fitted on these labels out
+    of fold vary a little more under the null than their permutations do (see `Results` in `detection.protocol`).
+    Source: Phipson and Smyth 2010, "Permutation p-values should never be zero", eq. (2).
+
+    Args:
+        scores: one column per detector; all are judged on the same permutations.
+    """
+    ranks = rankdata(scores, axis=0)  # their sum over label 1 orders the AUROCs; multiples of 1/2, so sums are exact
+    found = ranks.T @ labels
+    reached = np.ones(scores.shape[1])
+    step = max(1, _BLOCK_BYTES // (8 * max(len(labels), 1)))
+    for start in range(0, permutations, step):
+        drawn = permute_labels(labels, group, permutations=min(step, permutations - start), seed=(seed, start))
+        reached += np.sum(drawn.astype(np.float64) @ ranks >= found, axis=0)
+    return reached / (1 + permutations)
+
+
+def permute_labels(
+    labels: Int[np.ndarray, " N"], group: Int[np.ndarray, " N"], *, permutations: int, seed: tuple[int, ...]
+) -> Int[np.ndarray, "{permutations} N"]:
+    """Let groups of one size exchange their labels, and each group shuffle its own, `permutations` times."""
+    rng = np.random.default_rng([*seed, 2])
+    order = np.argsort(group, kind="stable")
+    sizes = np.bincount(group)
+    starts = np.cumsum(sizes) - sizes
+    permuted = np.empty((permutations, len(labels)), dtype=labels.dtype)
+    for size in np.unique(sizes[sizes > 0]):
+        rows = order[starts[sizes == size][:, None] + np.arange(size)]
+        own = np.repeat(labels[rows][None], permutations, axis=0)
+        is_mixed = labels[rows].min(axis=1) < labels[rows].max(axis=1)
+        own[:, is_mixed] = rng.permuted(own[:, is_mixed], axis=2)
+        exchanged = rng.permuted(np.tile(np.arange(len(rows)), (permutations, 1)), axis=1)
+        permuted[:, rows.ravel()] = np.take_along_axis(own, exchanged[:, :, None], axis=1).reshape(permutations, -1)
+    return permuted
 
 
 def interval(values: Float[np.ndarray, " resamples"]) -> tuple[float | None, float | None]:

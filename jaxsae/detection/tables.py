@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,6 +15,8 @@ from jaxsae.artifacts import Answer, Features, InputError
 
 UNKNOWN_LABEL = -1  # a row that is scored, never learned from
 LOGPROB_COLUMNS = ("mean", "min", "sum", "first")
+ENTROPY_COLUMNS = ("mean", "max")
+TRACK_CONTROLS = ("none", "shuffled", "random_decoders")
 LENGTH_COLUMNS = ("tokens", "characters")
 MAX_POSITION = "max"  # the largest activation over all kept positions
 
@@ -29,10 +31,15 @@ class Tables:
         lengths: generated tokens and characters of the answer.
         logprobs: mean, smallest, sum and first of the answer tokens' log-probabilities, nats; all 0 where nothing was
             generated (the sum over no token).
+        entropies: mean and largest entropy of the distributions the answer's tokens were chosen from, nats; 0 where
+            nothing was generated.
         resid: the residual stream at `jaxsae.artifacts.RESID_POSITIONS`.
         feature_ids: latents kept at each of `positions`, -1 for an empty slot.
         n_latents: columns of the sparse latent matrices; ids from there on are left out.
         n_empty: rows whose answer has no token.
+        track_controls: the track metrics of tracks that should know less, by name, as far as they were made: "none"
+            (nothing goes on from layer to layer), "shuffled" (links drawn anew among those of one answer and layer),
+            "random_decoders" (followed by the cosines of random directions).
     """
 
     ids: tuple[str, ...]
@@ -43,6 +50,7 @@ class Tables:
     answers: tuple[str, ...]
     lengths: Float[np.ndarray, "N 2"]
     logprobs: Float[np.ndarray, "N 4"]
+    entropies: Float[np.ndarray, "N 2"]
     resid: Float[np.ndarray, "N L 3 D"]
     positions: tuple[str, ...]
     feature_ids: Int[np.ndarray, "N L P K"]
@@ -51,6 +59,7 @@ class Tables:
     track_columns: tuple[str, ...]
     n_latents: int
     n_empty: int
+    track_controls: Mapping[str, Float[np.ndarray, "N Q"]] = dataclasses.field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -107,6 +116,8 @@ def build_tables(
     answers: Sequence[Answer],
     track_metrics: Float[np.ndarray, "N Q"],
     track_columns: Sequence[str],
+    *,
+    track_controls: Mapping[str, np.ndarray] | None = None,
 ) -> Tables:
     """Align answers to the features' rows by id and compute lengths and log-probability summaries.
 
@@ -115,6 +126,7 @@ def build_tables(
         answers: the content of answers.jsonl, in any order; a label of -1 is allowed for rows to be scored only.
         track_metrics: one row per id of `features`, in that order.
         track_columns: the names of its columns.
+        track_controls: the same table of other tracks, by name among `TRACK_CONTROLS`.
 
     Raises:
         InputError: an id is missing, unexpected or repeated, a label is none of -1, 0, 1, the metric table does not
@@ -122,11 +134,19 @@ def build_tables(
     """
     by_id = _match_ids(features.ids, answers)
     rows = [by_id[name] for name in features.ids]
-    _check_metrics(track_metrics, track_columns, len(rows))
+    controls = dict(track_controls or {})
+    for metrics in (track_metrics, *controls.values()):
+        _check_metrics(metrics, track_columns, len(rows))
     for row in rows:
         if row.label not in (UNKNOWN_LABEL, 0, 1):
             raise InputError(f"answer {row.id!r} has label {row.label}, expected 1 (hallucinated) or 0 (right)")
     n_tokens = np.diff(features.offsets)
+    for row, count in zip(rows, n_tokens.tolist(), strict=True):
+        if len(row.entropies) != count:
+            raise InputError(
+                f"answer {row.id!r} has {len(row.entropies)} entropies, features.npz {count} tokens of it; "
+                "run jaxsae track"
+            )
     tables = Tables(
         ids=tuple(features.ids),
         groups=tuple(row.group for row in rows),
@@ -136,6 +156,7 @@ def build_tables(
         answers=tuple(row.answer for row in rows),
         lengths=np.stack([n_tokens, [len(row.answer) for row in rows]], axis=1).astype(np.float64),
         logprobs=_summarise_logprobs(features.logprobs, features.offsets),
+        entropies=np.array([_summarise_entropies(row.entropies) for row in rows]),
         resid=features.resid,
         positions=tuple(features.positions),
         feature_ids=features.feature_ids,
@@ -144,6 +165,7 @@ def build_tables(
         track_columns=tuple(track_columns),
         n_latents=int(features.feature_ids.max(initial=0)) + 1,
         n_empty=int(np.sum(n_tokens == 0)),
+        track_controls={name: np.asarray(metrics, dtype=np.float64) for name, metrics in controls.items()},
     )
     _check_finite(tables)
     return tables
@@ -185,7 +207,13 @@ def _check_metrics(metrics: np.ndarray, columns: Sequence[str], n_rows: int) -> 
 
 def _check_finite(tables: Tables) -> None:
     """Raise for the first value that is not finite; the residual stream is read one layer at a time."""
-    dense = {"logprobs": tables.logprobs, "track metrics": tables.track_metrics, "activations": tables.activations}
+    dense = {
+        "logprobs": tables.logprobs,
+        "entropies": tables.entropies,
+        "track metrics": tables.track_metrics,
+        **{f"track metrics of control {name}": metrics for name, metrics in tables.track_controls.items()},
+        "activations": tables.activations,
+    }
     for name, values in dense.items():
         _check_rows(name, values, tables.ids)
     for layer in range(tables.n_layers):
@@ -216,6 +244,10 @@ def _summarise_logprobs(
         summary[full, 2] = sums
         summary[full, 3] = values[starts[full]]
     return summary
+
+
+def _summarise_entropies(entropies: Sequence[float]) -> tuple[float, float]:
+    return (float(np.mean(entropies)), max(entropies)) if entropies else (0.0, 0.0)
 
 
 def _count_words(texts: Sequence[str]) -> sp.csr_matrix:

@@ -4,6 +4,8 @@ In: answers with their token ids, a language model, a suite of SAEs. Out: `artif
 tables and detectors, which read the file and never see jax.
 """
 
+from jaxsae.features.ablation import read_ablated
 from jaxsae.features.encode import encode_answers, expand_positions
+from jaxsae.features.prefixes import Reading, read_prefixes
 
-__all__ = ["encode_answers", "expand_positions"]
+__all__ = ["Reading", "encode_answers", "expand_positions", "read_ablated", "read_prefixes"]

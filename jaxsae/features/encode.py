@@ -77,9 +77,9 @@ def encode_answers(
         chosen = [answers[i] for i in members]
         texts = _Texts.of(chosen, batch, _padded(length, lm.n_positions, chosen), max(longest, 1))
         resid = lm.residuals(texts.token_ids)
-        kept = _keep(suite, resid, texts.prompt_end, texts.answer_at, texts.in_answer, names=names, n_kept=keep)
+        kept = keep_features(suite, resid, texts.prompt_end, texts.answer_at, texts.in_answer, names=names, n_kept=keep)
         rows.append({name: np.moveaxis(np.asarray(x), 1, 0)[: len(members)] for name, x in kept.items()})
-        _check_finite(rows[-1]["resid"], chosen)
+        check_finite(rows[-1]["resid"], chosen)
         order += members
         on_batch(len(order))
     back = np.argsort(order)
@@ -135,7 +135,7 @@ class _Texts:
 
 
 @functools.partial(jax.jit, static_argnames=("names", "n_kept"))
-def _keep(
+def keep_features(
     suite: SaeSuite,
     resid: Float[Array, "L B T D"],
     prompt_end: Int[Array, " B"],
@@ -147,25 +147,43 @@ def _keep(
 ) -> dict[str, Array]:
     """Return the batch's part of `Features`, each array [L B ...]; one layer after the other, to save memory."""
     at = jnp.concatenate([prompt_end[:, None], answer_at], axis=1)
-    last = jnp.sum(in_answer, axis=1)
 
     def one_layer(layer: tuple[SaeSuite, Float[Array, "B T D"]]) -> dict[str, Array]:
         sae, stream = layer
         rows = jnp.take_along_axis(stream.astype(jnp.float32), at[..., None], axis=1)
-        feats = sae.encode(rows)
-        error = jnp.sum((rows - sae.decode(feats)) ** 2, axis=-1) / jnp.sum((rows - sae.b_dec) ** 2, axis=-1)
-        pools = [_pool(name, feats, error[..., None], in_answer, last) for name in names]
-        activations, ids = lax.top_k(jnp.stack([pooled for pooled, _ in pools], axis=1), min(n_kept, sae.n_latents))
-        missing = [(0, 0), (0, 0), (0, max(0, n_kept - sae.n_latents))]
-        kept_resid = [_pool(name, rows, rows, in_answer, last)[0] for name in RESID_POSITIONS]
-        return {
-            "feature_ids": jnp.pad(jnp.where(activations > 0, ids, -1), missing, constant_values=-1),
-            "activations": jnp.pad(jnp.maximum(activations, 0.0), missing),
-            "recon_error": jnp.stack([pooled_error[:, 0] for _, pooled_error in pools], axis=1),
-            "resid": jnp.stack(kept_resid, axis=1).astype(jnp.float16),
-        }
+        feats, error = encode_rows(sae, rows)
+        return pool_rows(rows, feats, error, in_answer, names=names, n_kept=n_kept)
 
     return lax.map(one_layer, (suite, resid))
+
+
+def encode_rows(sae: SaeSuite, rows: Float[Array, "*axes D"]) -> tuple[Float[Array, "*axes F"], Float[Array, "*axes"]]:
+    """Return one layer's features, and the squared SAE error over the squared distance from b_dec."""
+    feats = sae.encode(rows)
+    return feats, jnp.sum((rows - sae.decode(feats)) ** 2, axis=-1) / jnp.sum((rows - sae.b_dec) ** 2, axis=-1)
+
+
+def pool_rows(
+    rows: Float[Array, "B A1 D"],
+    feats: Float[Array, "B A1 F"],
+    error: Float[Array, "B A1"],
+    in_answer: Bool[Array, "B A"],
+    *,
+    names: tuple[str, ...],
+    n_kept: int,
+) -> dict[str, Array]:
+    """Return one layer's part of `Features` [B ...]; column 0 is the last prompt token, the answer's tokens follow."""
+    last, n_latents = jnp.sum(in_answer, axis=1), feats.shape[-1]
+    pools = [_pool(name, feats, error[..., None], in_answer, last) for name in names]
+    activations, ids = lax.top_k(jnp.stack([pooled for pooled, _ in pools], axis=1), min(n_kept, n_latents))
+    missing = [(0, 0), (0, 0), (0, max(0, n_kept - n_latents))]
+    kept_resid = [_pool(name, rows, rows, in_answer, last)[0] for name in RESID_POSITIONS]
+    return {
+        "feature_ids": jnp.pad(jnp.where(activations > 0, ids, -1), missing, constant_values=-1),
+        "activations": jnp.pad(jnp.maximum(activations, 0.0), missing),
+        "recon_error": jnp.stack([pooled_error[:, 0] for _, pooled_error in pools], axis=1),
+        "resid": jnp.stack(kept_resid, axis=1).astype(jnp.float16),
+    }
 
 
 def _pool(
@@ -194,7 +212,8 @@ def _pool(
     return jnp.where(here, rows[:, 1 + token], 0.0), jnp.where(here, others[:, 1 + token], 0.0)
 
 
-def _check_finite(resid: Float[np.ndarray, "B L 3 D"], answers: Sequence[Answer]) -> None:
+def check_finite(resid: Float[np.ndarray, "B L 3 D"], answers: Sequence[Answer]) -> None:
+    """Raise InputError, naming answer and layer, if a kept residual stream overflowed."""
     is_bad = ~np.isfinite(resid).all(axis=(2, 3))
     if is_bad.any():
         row, layer = np.argwhere(is_bad)[0]

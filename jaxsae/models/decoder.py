@@ -7,7 +7,7 @@ matrices as [out, in] (`blocks/attn/c_attn/weight` of GPT-2 is [L, 3D, D]). `dty
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from jaxsae.artifacts import InputError
 from jaxsae.models import families, layers
 from jaxsae.models.layers import Sight
+
+Edit = Callable[[Any, Any], Any]  # (layer, which is traced; x [B T D]) -> x [B T D]
 
 
 def init(config: Any, key: Array) -> dict[str, Any]:
@@ -41,10 +43,19 @@ def forward(
 
 
 def residuals(
-    config: Any, params: Mapping[str, Any], token_ids: Int[Array | np.ndarray, "B T"], *, dtype: str = "float32"
+    config: Any,
+    params: Mapping[str, Any],
+    token_ids: Int[Array | np.ndarray, "B T"],
+    *,
+    dtype: str = "float32",
+    edit: Edit | None = None,
 ) -> Float[Array, "L B T D"]:
-    """Return the residual stream after every block, before the final norm."""
-    return _run(config, _merge(config, params), token_ids, dtype, keep="residuals")[1]
+    """Return the residual stream after every block, before the final norm.
+
+    Args:
+        edit: `edit(layer, x) -> x` replaces the output of each block before it is kept and the next block reads it.
+    """
+    return _run(config, _merge(config, params), token_ids, dtype, keep="residuals", edit=edit)[1]
 
 
 def logits(
@@ -139,22 +150,32 @@ def _merge(config: Any, params: Mapping[str, Any]) -> Any:
     return nnx.merge(_graph(config), params)
 
 
-def _apply(config: Any, dtype: str) -> Any:
-    return lambda block, index, x, sight: block(x, config, index, sight, dtype)
+def _apply(config: Any, dtype: str, edit: Edit | None = None) -> Any:
+    if edit is None:
+        return lambda block, index, x, sight: block(x, config, index, sight, dtype)
+
+    def apply(block: Any, index: Any, x: Any, sight: Sight) -> tuple[Any, Sight]:
+        x, seen = block(x, config, index, sight, dtype)
+        return edit(index, x), seen
+
+    return apply
 
 
 def _positions(n_rows: int, n_tokens: int) -> Int[Array, "B T"]:
     return jnp.broadcast_to(jnp.arange(n_tokens), (n_rows, n_tokens))
 
 
-def _run(config: Any, model: Any, token_ids: Any, dtype: str, *, keep: str = "") -> Any:
+def _run(config: Any, model: Any, token_ids: Any, dtype: str, *, keep: str = "", edit: Edit | None = None) -> Any:
     layers.check_dtype(dtype)
     n_rows, n_tokens = token_ids.shape
     if n_tokens > config.n_positions:
         raise InputError(f"a text of {n_tokens} tokens is longer than the model's context, {config.n_positions}")
-    return _run_blocks(config, model, jnp.asarray(token_ids), Sight(_positions(n_rows, n_tokens)), dtype, keep=keep)
+    sight = Sight(_positions(n_rows, n_tokens))
+    return _run_blocks(config, model, jnp.asarray(token_ids), sight, dtype, keep=keep, edit=edit)
 
 
-def _run_blocks(config: Any, model: Any, token_ids: Any, sight: Sight, dtype: str, *, keep: str) -> Any:
-    x = model.embed(token_ids, sight.positions, config)
-    return layers.scan_blocks(model.blocks, x, sight, _apply(config, dtype), n_layers=config.n_layers, keep=keep)
+def _run_blocks(
+    config: Any, model: Any, token_ids: Any, sight: Sight, dtype: str, *, keep: str, edit: Edit | None = None
+) -> Any:
+    x, apply = model.embed(token_ids, sight.positions, config), _apply(config, dtype, edit)
+    return layers.scan_blocks(model.blocks, x, sight, apply, n_layers=config.n_layers, keep=keep)

@@ -33,6 +33,7 @@ class Generation:
         answer_ids: the tokens generated before the stop token or stop string, or all `max_new_tokens` of them.
         logprobs: log-probability of each answer id given all before it, nats; of the model's own distribution
             (temperature 1, all tokens), however it was drawn.
+        entropies: entropy of that distribution over all tokens, nats, one per answer id.
         stopped: whether a stop token or a stop string ended it.
         residuals: the residual stream after every block at each answer id, from the passes that generated the answer;
             None if it was not asked for.
@@ -40,6 +41,7 @@ class Generation:
 
     answer_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]
     stopped: bool
     residuals: Float[np.ndarray, "L T D"] | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -260,10 +262,11 @@ def _start(
 ) -> dict[str, Any]:
     n_slots = ids.shape[1] + n_new
     logits, sight = decoder.prefill(config, params, ids, jnp.maximum(lengths, 1), n_slots=n_slots, dtype=dtype)
-    token, logprob = _choose(logits, controls, jnp.int32(0))
+    token, logprob, entropy = _choose(logits, controls, jnp.int32(0))
     return {
         "token": token,
         "logprob": logprob,
+        "entropy": entropy,
         "n_chosen": jnp.int32(1),
         "stopped": (lengths == 0) | controls["is_stop"][token],
         "draw_keys": controls["draw_keys"],
@@ -287,6 +290,7 @@ def _advance(
         "n_run": jnp.int32(0),
         "answer_ids": jnp.zeros((STEPS_PER_DISPATCH, n_rows), jnp.int32),
         "logprobs": jnp.zeros((STEPS_PER_DISPATCH, n_rows), jnp.float32),
+        "entropies": jnp.zeros((STEPS_PER_DISPATCH, n_rows), jnp.float32),
     }
     if keep_residuals:
         made["residuals"] = jnp.zeros((STEPS_PER_DISPATCH, config.n_layers, n_rows, config.d_model), jnp.float32)
@@ -294,11 +298,12 @@ def _advance(
     def body(carry):
         state, made = carry
         logits, resid, sight = decoder.step(config, params, state["token"], state["sight"], dtype=dtype)
-        token, logprob = _choose(logits, {**controls, "draw_keys": state["draw_keys"]}, state["n_chosen"])
+        how = {**controls, "draw_keys": state["draw_keys"]}
+        token, logprob, entropy = _choose(logits, how, state["n_chosen"])
         at, stopped = made["n_run"], state["stopped"] | controls["is_stop"][token]
-        fresh = {"answer_ids": token, "logprobs": logprob, "residuals": resid}
+        fresh = {"answer_ids": token, "logprobs": logprob, "entropies": entropy, "residuals": resid}
         made = {name: made[name].at[at].set(fresh[name]) for name in made if name != "n_run"} | {"n_run": at + 1}
-        state = {**state, "token": token, "logprob": logprob, "stopped": stopped, "sight": sight}
+        state = {**state, "token": token, "logprob": logprob, "entropy": entropy, "stopped": stopped, "sight": sight}
         return {**state, "n_chosen": state["n_chosen"] + 1}, made
 
     def goes_on(carry):
@@ -310,12 +315,14 @@ def _advance(
 
 def _choose(
     logits: Float[Array, "B V"], controls: Mapping[str, Any], index: Int[Array, ""]
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Choose the token at `index` of each answer; return it and its log-probability at temperature 1."""
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
+    """Choose the token at `index` of each answer; return it, its log-probability and the entropy, at temperature 1."""
     scores = _noisy_scores(logits, controls, index) if "temperature" in controls else logits
     token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.scipy.special.logsumexp(logits, axis=-1)
+    total = jax.scipy.special.logsumexp(logits, axis=-1)
+    entropy = total - jnp.sum(jnp.exp(logits - total[:, None]) * logits, axis=-1)
+    return token, chosen - total, entropy
 
 
 def _noisy_scores(
@@ -359,7 +366,8 @@ def _is_in_top_p(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Ar
 def _continue_batch(call: _Call, state: dict[str, Any], batch: Sequence[int]) -> list[Generation]:
     """Run a batch to its end; `batch` holds the indices of the prompts in its first rows."""
     how, ends = call.how, dict.fromkeys(range(len(batch)))
-    made = {"answer_ids": [np.asarray(state["token"])[None]], "logprobs": [np.asarray(state["logprob"])[None]]}
+    first = {"answer_ids": "token", "logprobs": "logprob", "entropies": "entropy"}
+    made = {name: [np.asarray(state[one])[None]] for name, one in first.items()}
     made |= {"residuals": []} if how.keep_residuals else {}
     # The last token needs a pass of its own only for its residual stream.
     n_left = how.max_new_tokens if how.keep_residuals else how.max_new_tokens - 1
@@ -412,8 +420,8 @@ def _generation(
     if not np.isfinite(logprobs[: n_tokens + 1]).all():
         raise InputError(f"the logits for prompt {index} are not finite; the model overflows or its weights are broken")
     residuals = whole["residuals"][:n_tokens, :, row].swapaxes(0, 1).copy() if "residuals" in whole else None
-    ids = whole["answer_ids"][:n_tokens, row].tolist()
-    return Generation(tuple(ids), tuple(logprobs[:n_tokens].tolist()), stopped, residuals)
+    ids, entropies = (tuple(whole[name][:n_tokens, row].tolist()) for name in ("answer_ids", "entropies"))
+    return Generation(ids, tuple(logprobs[:n_tokens].tolist()), entropies, stopped, residuals)
 
 
 def stop_token_ids(tokenizer: Any, strings: Iterable[str]) -> frozenset[int]:

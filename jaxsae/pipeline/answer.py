@@ -190,12 +190,12 @@ def ask(lm: models.LanguageModel, items: Sequence[Prompted], **how: Any) -> list
     for item, outcome in zip(items, outcomes, strict=True):
         text = lm.tokenizer.decode(outcome.answer_ids, skip_special_tokens=True).strip()
         is_wrong = data.is_hallucinated(text, item.question.answers)
-        answers.append(_answer(item, text, outcome.answer_ids, int(is_wrong), outcome.logprobs))
+        answers.append(_answer(item, text, outcome.answer_ids, int(is_wrong), outcome.logprobs, outcome.entropies))
     return answers
 
 
 def read_given(lm: models.LanguageModel, items: Sequence[Prompted], *, batch: int) -> list[Answer]:
-    """Return the given answers with the log-probability the model gives each of their tokens after all before it.
+    """Return the given answers with the log-probability and entropy of each of their tokens after all before it.
 
     Raises:
         InputError: a log-probability is not finite.
@@ -209,25 +209,37 @@ def read_given(lm: models.LanguageModel, items: Sequence[Prompted], *, batch: in
         token_ids = np.zeros((n_rows, length), np.int32)
         for row, item in enumerate(chosen):
             token_ids[row, : len(item.prompt_ids) + len(item.given_ids)] = (*item.prompt_ids, *item.given_ids)
-        logprobs = np.asarray(_next_logprobs(lm.logits(token_ids), jnp.asarray(token_ids)))
-        for row, item in zip(logprobs, chosen, strict=False):
+        logprobs, entropies = map(np.asarray, _next_scores(lm.logits(token_ids), jnp.asarray(token_ids)))
+        for row, item in enumerate(chosen):
             first = len(item.prompt_ids) - 1
-            of_answer = row[first : first + len(item.given_ids)]
-            if not np.isfinite(of_answer).all():
+            at = slice(first, first + len(item.given_ids))
+            if not np.isfinite(logprobs[row, at]).all():
                 raise InputError(f"question {item.id}: a log-probability of {lm.name} is not finite; use float32")
-            answers.append(_answer(item, item.given, item.given_ids, item.label, tuple(of_answer.tolist())))
+            scores = (tuple(logprobs[row, at].tolist()), tuple(entropies[row, at].tolist()))
+            answers.append(_answer(item, item.given, item.given_ids, item.label, *scores))
     return answers
 
 
 @jax.jit
-def _next_logprobs(logits: Float[Array, "B T V"], token_ids: Int[Array, "B T"]) -> Float[Array, "B T-1"]:
-    """Return the log-probability of each token but the first, nats."""
+def _next_scores(
+    logits: Float[Array, "B T V"], token_ids: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T-1"], Float[Array, "B T-1"]]:
+    """Return the log-probability of each token but the first and the entropy it was drawn from, nats."""
     logits = logits[:, :-1].astype(jnp.float32)
     picked = jnp.take_along_axis(logits, token_ids[:, 1:, None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    entropy = total - jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
+    return picked - total, entropy
 
 
-def _answer(item: Prompted, text: str, answer_ids: tuple[int, ...], label: int, logprobs: tuple[float, ...]) -> Answer:
+def _answer(
+    item: Prompted,
+    text: str,
+    answer_ids: tuple[int, ...],
+    label: int,
+    logprobs: tuple[float, ...],
+    entropies: tuple[float, ...],
+) -> Answer:
     question = item.question
     return Answer(
         id=item.id,
@@ -241,6 +253,7 @@ def _answer(item: Prompted, text: str, answer_ids: tuple[int, ...], label: int, 
         answer_ids=answer_ids,
         label=label,
         logprobs=logprobs,
+        entropies=entropies,
     )
 
 

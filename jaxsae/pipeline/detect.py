@@ -14,6 +14,7 @@ from jaxsae.pipeline.stages import STAGES, Context, peak_bytes, read_record
 from jaxsae.progress import Progress
 
 PREDICTION_COLUMNS = ("id", "group", "repeat", "fold", "label", "detector", "score", "probability")
+CURVES = ("logprob_sum", "probe_last_answer", "sae_logistic", "tracks_logistic")  # of each kind one, none slow
 _SAE_KEYS = ("layer", "mse", "fvu", "l0_train", "l0_inference", "dead", "delta_ce")
 
 
@@ -25,19 +26,13 @@ def run(config: RunConfig, context: Context) -> None:
     """
     started = time.monotonic()
     workdir = context.workdir
-    answers = artifacts.read_answers(workdir / "answers.jsonl")
-    features = artifacts.read_features(workdir / "features.npz")
-    tracks = artifacts.read_npz(
-        workdir / "tracks.npz", rebuild="run jaxsae track", required=("ids", "metrics", "metric_names")
-    )
-    if tracks["ids"].tolist() != list(features.ids):
-        raise InputError(f"{workdir}/tracks.npz and features.npz are of different answers; run jaxsae track")
-    tables = detection.build_tables(features, answers, tracks["metrics"], tracks["metric_names"].tolist())
+    tables = read_tables(workdir)
     protocol = detection.ProtocolConfig(
         folds=config.detection.folds,
         repeats=config.detection.repeats,
         bootstrap=config.detection.bootstrap,
         seed=config.seed,
+        curves=CURVES if config.detection.curves else (),
     )
     with Progress("detect", 1, "steps") as bar:
         results = detection.evaluate(
@@ -45,6 +40,7 @@ def run(config: RunConfig, context: Context) -> None:
         )
     detection.fit_detector(tables, protocol).save(workdir / "detector")
     _write_predictions(workdir / "predictions.csv", results.predictions)
+    write_rows(workdir / "metrics.csv", detection.tidy(results))
     artifacts.write_json(workdir / "metrics.json", _metrics(results, context, time.monotonic() - started))
     method = next(row for row in results.detection if row["name"] == protocol.method)
     canary = results.canary
@@ -52,6 +48,33 @@ def run(config: RunConfig, context: Context) -> None:
         f"{protocol.method} AUROC {method['auroc']:.3f} [{method['ci_low']:.3f}, {method['ci_high']:.3f}], "
         f"canary {canary['auroc']:.3f} [{canary['ci_low']:.3f}, {canary['ci_high']:.3f}]"
     )
+
+
+def read_tables(workdir: Path) -> detection.Tables:
+    """Return a run's answers as rows for the detectors.
+
+    Raises:
+        InputError: a file is missing or damaged, or they do not belong together.
+    """
+    answers = artifacts.read_answers(workdir / "answers.jsonl")
+    features = artifacts.read_features(workdir / "features.npz")
+    path, required = workdir / "tracks.npz", ("ids", "metrics", "metric_names")
+    tracks = artifacts.read_npz(path, rebuild="run jaxsae track", required=required)
+    if tracks["ids"].tolist() != list(features.ids):
+        raise InputError(f"{workdir}/tracks.npz and features.npz are of different answers; run jaxsae track")
+    if "control_names" not in tracks or "control_metrics" not in tracks:
+        raise InputError(f"{path} has no controls, as an older version wrote it; run jaxsae track --redo")
+    controls = dict(zip(tracks["control_names"].tolist(), tracks["control_metrics"], strict=True))
+    names = tracks["metric_names"].tolist()
+    return detection.build_tables(features, answers, tracks["metrics"], names, track_controls=controls)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of equal keys as CSV, a number that is not defined as an empty cell."""
+    with artifacts.atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _write_predictions(path: Path, predictions: dict[str, np.ndarray]) -> None:

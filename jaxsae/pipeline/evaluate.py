@@ -78,6 +78,7 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
         canary=metrics["canary"],
         by_category=metrics["by_category"],
         differences=metrics["differences"],
+        curves=metrics.get("curves", ()),  # an older version measured none; the report then says so
         counts=counts(metrics["counts"]),
         labels={name: labels[name] for name in ("counts", "hallucinated_by_rule", "agreement")},
         notes=(GIVEN_ANSWERS,) if labels["answers"] == "given" else (),

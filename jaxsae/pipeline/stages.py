@@ -117,8 +117,11 @@ STAGES: dict[str, Stage] = {
                 "tracks.npz": "track",
                 "saes/evaluation.json": "train",
             },
-            writes=("metrics.json", "predictions.csv", "detector/detector.json", "detector/estimators.skops"),
-            clears=("metrics.json", "predictions.csv", "detector"),
+            writes=(
+                *("metrics.json", "metrics.csv", "predictions.csv"),
+                *("detector/detector.json", "detector/estimators.skops"),
+            ),
+            clears=("metrics.json", "metrics.csv", "predictions.csv", "detector"),
         ),
         Stage(
             name="evaluate",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from jaxtyping import Float, Int
 
 from jaxsae import artifacts, features, sae, tracking
 from jaxsae.artifacts import Features, InputError
@@ -14,6 +15,9 @@ from jaxsae.pipeline import stages
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.stages import STAGES, Context
 from jaxsae.progress import Progress
+from jaxsae.tracking.tracks import Decoders
+
+_CONTROL_SEED = 0  # of shuffled links and random decoders: the same in every run, so that runs compare
 
 
 def run(config: RunConfig, context: Context) -> None:
@@ -23,8 +27,9 @@ def run(config: RunConfig, context: Context) -> None:
         InputError: suite, answers and model do not belong together, or a checkpoint file is damaged.
     """
     kept = _keep_features(config, context)
-    tracks = follow(kept, context.workdir / "saes", config.tracking)
+    tracks = follow(kept, sae.Decoders(context.workdir / "saes"), config.tracking)
     table = tracking.divergence_metrics(tracks)
+    controls = _control_metrics(kept, tracks, context.workdir / "saes", config.tracking)
     artifacts.write_npz(
         context.workdir / "tracks.npz",
         {
@@ -33,20 +38,43 @@ def run(config: RunConfig, context: Context) -> None:
             "position": np.array(config.tracking.position),
             "metrics": table,
             "metric_names": np.array(tracking.DIVERGENCE_COLUMNS),
+            "control_names": np.array(list(controls)),
+            "control_metrics": np.stack(list(controls.values())),
         },
     )
     context.details = f"{len(kept.ids)} answers, {len(tracks.birth) / len(kept.ids):.1f} tracks each"
 
 
-def follow(kept: Features, suite_dir: Path, config: TrackingConfig) -> tracking.Tracks:
+def _control_metrics(
+    kept: Features, tracks: tracking.Tracks, suite_dir: Path, config: TrackingConfig
+) -> dict[str, np.ndarray]:
+    """Return the metrics [N Q] of tracks that should know less than the real ones, by the control's name."""
+    random = tracking.RandomDecoders(sae.Decoders(suite_dir), _CONTROL_SEED)
+    controls = {
+        "none": follow(kept, sae.Decoders(suite_dir), dataclasses.replace(config, association="none")),
+        "shuffled": tracking.shuffle_links(tracks, seed=_CONTROL_SEED),
+        "random_decoders": follow(kept, random, config),
+    }
+    return {name: tracking.divergence_metrics(control) for name, control in controls.items()}
+
+
+def follow(kept: Features, decoders: Decoders, config: TrackingConfig) -> tracking.Tracks:
     """Track the features at one position, reading one layer's decoder at a time.
 
     Raises:
         InputError: the position was not kept, or a checkpoint file is damaged.
     """
-    feature_ids, activations = kept.at(config.position)
+    return follow_latents(*kept.at(config.position), decoders, config)
+
+
+def follow_latents(
+    feature_ids: Int[np.ndarray, "N L K"],
+    activations: Float[np.ndarray, "N L K"],
+    decoders: Decoders,
+    config: TrackingConfig,
+) -> tracking.Tracks:
+    """Track the first `config.top_k` of the kept latents with the config's tracker."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(tracking.TrackerConfig)}
-    decoders = sae.Decoders(suite_dir)
     k = config.top_k
     return tracking.track(
         feature_ids[..., :k], activations[..., :k].astype(np.float64), decoders, tracking.TrackerConfig(**settings)

@@ -5,6 +5,7 @@ ends a run. Nothing is measured here but the bands drawn around curves, and ever
 """
 
 from jaxsae.report.page import write
+from jaxsae.report.score import describe_score
 from jaxsae.report.tables import ReportInputs, summary_table
 
-__all__ = ["ReportInputs", "summary_table", "write"]
+__all__ = ["ReportInputs", "describe_score", "summary_table", "write"]

@@ -79,6 +79,8 @@ def draw(inputs: ReportInputs) -> dict[str, Chart]:
         "auroc": lambda: auroc_forest(inputs),
         "roc": lambda: roc(inputs),
         "calibration": lambda: calibration(inputs),
+        "risk_coverage": lambda: risk_coverage(inputs),
+        "curves": lambda: label_curves(inputs),
     }
     for name, example in example_names(inputs).items():
         painters[name] = functools.partial(tracks, example, last_layer=_last_layer(inputs))
@@ -444,6 +446,71 @@ def calibration(inputs: ReportInputs) -> tuple[Figure, str, str] | None:
         "Reliability in bins of equal mass, out of fold; bars are 95% group-bootstrap intervals. On the dotted line a "
     )
     return figure, alt, caption + "score is the probability it claims to be."
+
+
+def risk_coverage(inputs: ReportInputs) -> tuple[Figure, str, str] | None:
+    """Draw the share hallucinated among the answers kept, for the method and the best simple baseline."""
+    rows = {row["name"]: row for row in inputs.detection if row.get("risk_coverage")}
+    pairs = ((inputs.method, OURS, "-"), (inputs.best_baseline, REFERENCE, "--"))
+    compared = [(rows[name], color, line) for name, color, line in pairs if name in rows]
+    if not compared:
+        return None
+    figure, (axes,) = _canvas(3.6)
+    for row, color, line in compared:
+        coverage, risk = _column(row["risk_coverage"], "coverage"), _column(row["risk_coverage"], "risk")
+        text = f"{clip(row['name'], 40)}, AURC {number(row.get('aurc'))}"
+        axes.plot(coverage, risk, line, color=color, label=text)
+    base_rate = compared[0][0]["base_rate"]
+    axes.axhline(base_rate, color=CHANCE, linestyle=":", linewidth=1, label="chance")
+    share = np.linspace(0.01, 1, 100)
+    best = np.maximum(share - (1 - base_rate), 0) / share
+    axes.plot(share, best, color=REST, linewidth=1, label=f"no error, AURC {number(compared[0][0].get('aurc_best'))}")
+    axes.set(xlabel="coverage (share of the answers kept, lowest scores first)", xlim=(0, 1.01), ylim=(0, None))
+    axes.set(ylabel="risk (share hallucinated)")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.legend(loc="outside upper center", ncols=2)
+    alt = f"Risk over coverage of {' and '.join(row['name'] for row, *_ in compared)}, between chance and no error."
+    caption = (
+        "What withholding the most suspect answers buys: share hallucinated among those kept, out of fold. AURC is "
+    )
+    return figure, alt, caption + "the mean of the curve."
+
+
+def label_curves(inputs: ReportInputs) -> tuple[Figure, str, str] | None:
+    """Draw AUROC over the number of labelled answers and over the share of flipped labels, a line a detector."""
+    measured = [row for row in inputs.curves if known(row.get("auroc"))]
+    if not inputs.detection or not measured:
+        return None
+    figure, panels = _canvas(3.5, columns=2)
+    names = sorted({row["detector"] for row in measured})
+    looks = list(zip((OURS, REFERENCE, REST, "#009E73", "#CC79A7"), "osD^v", strict=True))
+    for axes, (kind, key) in zip(panels, (("few_labels", "n_labelled"), ("label_noise", "share")), strict=True):
+        for place, name in enumerate(names):
+            rows = [row for row in measured if (row["kind"], row["detector"]) == (kind, name)]
+            x, (color, marker) = _column(rows, key), looks[place % len(looks)]
+            axes.fill_between(
+                x, _column(rows, "ci_low"), _column(rows, "ci_high"), color=color, alpha=0.15, linewidth=0
+            )
+            label = clip(name, 40) if axes is panels[0] else None
+            axes.plot(x, _column(rows, "auroc"), "-", marker=marker, color=color, label=label)
+        axes.axhline(0.5, color=CHANCE, linestyle=":", linewidth=1)
+    panels[0].set(xscale="log", xlabel="answers with a label", ylabel="AUROC")
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panels[0].xaxis.set_major_formatter("{x:,.0f}")
+    panels[0].xaxis.set_minor_formatter(NullFormatter())
+    panels[1].set(xlabel="share of labels flipped")
+    panels[1].xaxis.set_major_formatter(PercentFormatter(1.0))
+    low, high = min(axes.get_ylim()[0] for axes in panels), max(axes.get_ylim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(low, high)
+    figure.legend(loc="outside upper center", ncols=3)
+    alt = f"AUROC of {', '.join(names)} with fewer labels, and with flipped ones."
+    caption = (
+        "Left: only so many answers have a label, whole groups at a time. Right: so many of the labels are wrong. "
+    )
+    caption += "First split, out of fold, with 95% intervals; fitted and chosen with those labels, judged by the true "
+    return figure, alt, caption + "ones."
 
 
 def _last_layer(inputs: ReportInputs) -> int:

@@ -27,7 +27,7 @@ from jaxsae.report.tables import ReportInputs
 
 FIGURE_PATTERNS = (
     *("sae_layers.png", "sae_density.png", "sae_crowding.png", "training.png"),
-    *("auroc.png", "roc.png", "calibration.png", "tracks_*.png"),
+    *("auroc.png", "roc.png", "calibration.png", "risk_coverage.png", "curves.png", "tracks_*.png"),
 )
 
 
@@ -219,14 +219,17 @@ def _detection(inputs: ReportInputs, pictures: dict[str, Picture]) -> list[Block
     blocks += [Heading("Definitions", level=3), tables.definition_table(inputs)]
     for name, title in (("roc", "ROC"), ("calibration", "Calibration")):
         blocks += [Heading(title, level=3), pictures.get(name, Paragraph((NO_CURVE,)))]
-    return blocks
+    blocks += [tables.calibration_table(inputs), Heading("Risk and coverage", level=3)]
+    blocks += [pictures.get("risk_coverage", Paragraph((NO_CURVE,))), Heading("Fewer and wrong labels", level=3)]
+    return [*blocks, pictures.get("curves", Paragraph(("not measured: set detection.curves and run jaxsae detect",)))]
 
 
 DETECTION_MEASURES = (
     "Positive is hallucinated. Intervals are 95%, from a bootstrap over groups, so that answers to one question "
-    "stay together. PR-AUC is to be read against the share hallucinated; Brier and ECE judge the scores as "
-    "probabilities; accuracy, precision, recall and F1 are at a threshold that the training part of each split "
-    "chose."
+    "stay together; p is the share of permutations of the labels that rank as well. PR-AUC is to be read against the "
+    "share hallucinated; AURC is the mean share hallucinated among the answers kept while those of the highest scores "
+    "are withheld one by one, less is better; accuracy, precision, recall and F1 are at a threshold that the training "
+    "part of each split chose. tracks_none, tracks_shuffled and tracks_random_decoders are controls of tracks_logistic."
 )
 NO_CURVE = (
     "not available: there are no out-of-fold predictions with both classes, or no scores between 0 and 1, for the "

@@ -47,8 +47,10 @@ class ReportInputs:
             them, those that never fire left out.
         crowding_random: the median crowding of as many random directions.
         history: one row per evaluation and layer: step, tokens, layer, fvu, mse, l0, dead, loss.
-        detection: one row a detector: name, definition, n, n_groups, auroc, ci_low, ci_high, pr_auc, base_rate, brier,
-            ece, accuracy, precision, recall, f1.
+        detection: one row a detector: name, definition, n, n_groups, auroc, ci_low, ci_high, p_value, pr_auc,
+            base_rate, brier, ece (by Platt's line), brier_isotonic, ece_isotonic, aurc, aurc_best, accuracy, precision,
+            recall, f1; risk_coverage: points of coverage and risk.
+        curves: kind ("few_labels", "label_noise"), detector, share, n_labelled, auroc, ci_low, ci_high.
         canary: auroc, ci_low, ci_high of noise in place of the features.
         by_category: detector, category, n_right, n_wrong (of the category), auroc, ci_low, ci_high (its hallucinated
             answers against all right ones, unless `kind` says otherwise), and, optional, kind, within_auroc,
@@ -88,6 +90,7 @@ class ReportInputs:
     canary: Row | None = None
     by_category: Sequence[Row] = ()
     differences: Sequence[Row] = ()
+    curves: Sequence[Row] = ()
     counts: Row = dataclasses.field(default_factory=dict)
     labels: Row = dataclasses.field(default_factory=dict)
     predictions: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -286,13 +289,19 @@ def depth_table(inputs: ReportInputs) -> Table:
 
 
 DETECTION_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("p_value", "p", lambda value: number(value, ".2g")),
     ("pr_auc", "PR-AUC", number),
-    ("brier", "Brier", number),
-    ("ece", "ECE", number),
+    ("aurc", "AURC", number),
     ("accuracy", "Accuracy", number),
     ("precision", "Precision", number),
     ("recall", "Recall", number),
     ("f1", "F1", number),
+)
+CALIBRATION_COLUMNS = (
+    ("brier", "Brier"),
+    ("ece", "ECE"),
+    ("brier_isotonic", "Brier, isotonic"),
+    ("ece_isotonic", "ECE, isotonic"),
 )
 SAMPLE_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("n", "Answers", count),
@@ -336,6 +345,17 @@ def detection_table(inputs: ReportInputs) -> Table:
         n, n_groups, base_rate = samples.pop()
         caption = f"Every row: {n} answers in {n_groups} groups, {base_rate} hallucinated."
     return Table(header, rows, "ll" + "r" * (len(header) - 2), caption=caption, marked=marked)
+
+
+def calibration_table(inputs: ReportInputs) -> Table:
+    """Tabulate how good every detector's probabilities are, by Platt's line and by isotonic regression."""
+    rows: tuple[tuple[Inline, ...], ...] = tuple(
+        (Code(row["name"]), *(number(row.get(key)) for key, _ in CALIBRATION_COLUMNS))
+        for row in by_auroc(inputs.detection)
+    )
+    header = ("Detector", *(title for _, title in CALIBRATION_COLUMNS))
+    marked = frozenset(index for index, row in enumerate(by_auroc(inputs.detection)) if row["name"] == inputs.method)
+    return Table(header, rows, "l" + "r" * len(CALIBRATION_COLUMNS), marked=marked)
 
 
 def definition_table(inputs: ReportInputs) -> Table:

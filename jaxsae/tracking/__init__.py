@@ -6,7 +6,18 @@ Not done here: finding the latents (`features`) and learning from the table (`de
 """
 
 from jaxsae.tracking.associate import TrackerConfig
+from jaxsae.tracking.controls import RandomDecoders, shuffle_links
+from jaxsae.tracking.cut import leave_one_out
 from jaxsae.tracking.metrics import DIVERGENCE_COLUMNS, divergence_metrics
 from jaxsae.tracking.tracks import Tracks, track
 
-__all__ = ["DIVERGENCE_COLUMNS", "TrackerConfig", "Tracks", "divergence_metrics", "track"]
+__all__ = [
+    "DIVERGENCE_COLUMNS",
+    "RandomDecoders",
+    "TrackerConfig",
+    "Tracks",
+    "divergence_metrics",
+    "leave_one_out",
+    "shuffle_links",
+    "track",
+]

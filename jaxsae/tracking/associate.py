@@ -40,8 +40,8 @@ class TrackerConfig:
             a pair that is not made costs the threshold, so no worse set is taken only because it matches more. The
             other associations look at single pairs, where the two are the same.
         max_missed_layers: layers in a row that a track may go without an observation and live on.
-        normalise_activations: divide each layer's activations by the mean of its positive ones over all samples of
-            the call, before anything is compared with a threshold. A sample's tracks then depend on the others.
+        normalise_activations: divide a sample's activations in each layer by the mean of the positive ones among them,
+            before anything is compared with a threshold. A sample's tracks never depend on the other samples.
     """
 
     association: str = "hungarian"
@@ -89,6 +89,20 @@ def _check_count(name: str, value: object) -> None:
 def _check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise InputError(f"tracking.{name} is {value!r}, expected True or False")
+
+
+def decisive_cosines(config: TrackerConfig) -> tuple[float, float]:
+    """Return (low, high): at a cosine up to `low` no pair matches, above `high` each has a cost below the threshold.
+
+    With weights w and v of cosine and activations, and threshold t, a cost lies between w (1 - cos) and that + v. Where
+    costs above the threshold decide as well, as in the assignment of least total cost before its gate, low is -inf.
+    """
+    if config.association == "hungarian" and config.gate == "after":
+        return -math.inf, math.inf
+    if config.semantic_weight == 0:
+        return math.inf, math.inf
+    low = 1 - config.association_threshold / config.semantic_weight
+    return low, low + config.activation_weight / config.semantic_weight
 
 
 def pair_costs(

@@ -6,17 +6,27 @@ those, memory is the input, the output and a few arrays [N, K].
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxsae.artifacts import InputError
-from jaxsae.tracking.associate import TrackerConfig, assign_by_id, assign_greedy, assign_hungarian, pair_costs
+from jaxsae.tracking.associate import (
+    TrackerConfig,
+    assign_by_id,
+    assign_greedy,
+    assign_hungarian,
+    decisive_cosines,
+    pair_costs,
+)
 
 PAIR_BYTES = 8 * 2**20  # cost matrices of a block of samples; larger ones were not faster
 VECTOR_BYTES = 2 * 2**20
+DOT_ROWS = 128  # vectors gathered for float64 sums at a time: they stay in the cache
+SINGLE_NORMS = (1e-12, 1e12)  # between these a product of two float32 vectors neither overflows nor vanishes
+FEW_PAIRS = 0.06  # share of the pairs up to which single dot products are cheaper than a float64 matrix product
 
 
 @runtime_checkable
@@ -42,7 +52,7 @@ class Tracks:
         observation_offsets: [R + 1]; track r's observations are `layer[observation_offsets[r]:...[r + 1]]`.
         layer: layer of each observation, ascending within a track.
         feature_id: latent of each observation, in that layer's SAE.
-        activation: its activation, divided by the layer's mean if the tracker normalised.
+        activation: its activation, divided by the sample's mean in that layer if the tracker normalised.
         n_layers: L.
     """
 
@@ -123,14 +133,27 @@ def track(
     n_samples, n_layers, _ = feature_ids.shape
     living = _Living.none(n_samples)
     log = _Log(n_samples)
-    window: dict[int, np.ndarray] = {}
+    window: dict[int, _Decoder] = {}
     for layer in range(n_layers):
         window.pop(layer - config.max_missed_layers - 2, None)
         features = _Features.at(layer, feature_ids, activations, config)
         window[layer] = _read_decoder(decoders, features, window)
-        assignment, features.inverse_norms = _associate(living, features, window, config)
+        features.inverse_norms = window[layer].inverse_norms[features.ids]
+        assignment = _associate(living, features, window, config)
         living = _advance(living, features, assignment, log, config)
-    return log.tracks(n_layers)
+    return log.tracks(living, lambda layer: _Features.at(layer, feature_ids, activations, config))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """One layer's decoder vectors, and 1 / norm of those that its features use: 0 where the norm is 0.
+
+    `is_single`: products of its vectors in float32 have no more error than rounding makes.
+    """
+
+    vectors: Float[np.ndarray, "F D"]
+    inverse_norms: Float[np.ndarray, " F"]
+    is_single: bool
 
 
 @dataclasses.dataclass
@@ -147,8 +170,9 @@ class _Features:
     def at(cls, layer: int, feature_ids: np.ndarray, activations: np.ndarray, config: TrackerConfig) -> "_Features":
         acts = activations[:, layer].astype(np.float64)
         is_real = acts > 0
-        if config.normalise_activations and is_real.any():
-            acts /= acts[is_real].mean()
+        if config.normalise_activations:
+            count = is_real.sum(axis=1, keepdims=True)
+            acts /= np.where(count > 0, acts.sum(axis=1, keepdims=True) / np.maximum(count, 1), 1.0)
         ids = np.where(is_real, feature_ids[:, layer].astype(np.int64), -1)
         return cls(layer, is_real.sum(axis=1), ids, acts, np.zeros_like(acts))
 
@@ -180,63 +204,69 @@ class _Living:
 
 
 class _Log:
-    """What happened, in the order it happened; `tracks` sorts it by track."""
+    """Which track each feature belongs to, layer by layer; `tracks` sorts the features by track."""
 
     def __init__(self, n_samples: int):
         self.n_tracks = np.zeros(n_samples, np.int64)
-        self.observations: list[tuple[np.ndarray, ...]] = []  # sample, number, layer, id, activation
-        self.deaths: list[tuple[np.ndarray, ...]] = []  # sample, number, layer
+        self.numbers: list[Int[np.ndarray, "N K"]] = []
 
-    def observe(self, number: Int[np.ndarray, "N K"], features: _Features) -> None:
-        """Note each feature that belongs to a track: `number` is the track's, or -1."""
-        at = np.nonzero(number >= 0)
-        layers = np.full(len(at[0]), features.layer)
-        self.observations.append((at[0], number[at], layers, features.ids[at], features.activations[at]))
+    def observe(self, number: Int[np.ndarray, "N K"]) -> None:
+        """Note each feature's track by its number in the sample, or -1."""
+        self.numbers.append(number.astype(np.int32))
 
-    def end(
-        self, number: Int[np.ndarray, "N S"], last: Int[np.ndarray, "N S"], is_dead: Bool[np.ndarray, "N S"]
-    ) -> None:
-        self.deaths.append((np.nonzero(is_dead)[0], number[is_dead], last[is_dead]))
-
-    def tracks(self, n_layers: int) -> Tracks:
+    def tracks(self, living: "_Living", features_at: Callable[[int], _Features]) -> Tracks:
+        """Return the tracks; `living` are those alive at the end."""
         sample_offsets = np.concatenate([[0], np.cumsum(self.n_tracks)])
-        sample, number, layer, ids, acts = (np.concatenate(column) for column in zip(*self.observations, strict=True))
-        owner = sample_offsets[sample] + number
-        order = np.argsort(owner, kind="stable")  # layers stay ascending within a track
-        lengths = np.bincount(owner, minlength=sample_offsets[-1])
+        n_tracks, n_layers = int(sample_offsets[-1]), len(self.numbers)
+        lengths = np.zeros(n_tracks, np.int64)
+        for number in self.numbers:
+            lengths[_owners(number, sample_offsets)[1]] += 1  # a track takes at most one feature of a layer
         observation_offsets = np.concatenate([[0], np.cumsum(lengths)])
-        layer = layer[order]
-        death = np.full(sample_offsets[-1], -1)
-        for dead_sample, dead_number, last_layer in self.deaths:
-            death[sample_offsets[dead_sample] + dead_number] = last_layer
+        n_observations = int(observation_offsets[-1])
+        layers, ids = np.empty(n_observations, np.int64), np.empty(n_observations, np.int64)
+        acts, free = np.empty(n_observations), observation_offsets[:-1].copy()
+        for layer, number in enumerate(self.numbers):
+            features, (at, owners) = features_at(layer), _owners(number, sample_offsets)
+            places = free[owners]
+            layers[places], ids[places], acts[places] = layer, features.ids[at], features.activations[at]
+            free[owners] += 1
+        death = layers[observation_offsets[1:] - 1]
+        death[_owners(np.where(living.is_real(), living.number, -1), sample_offsets)[1]] = -1
         return Tracks(
             sample_offsets=sample_offsets,
-            birth=layer[observation_offsets[:-1]],
+            birth=layers[observation_offsets[:-1]],
             death=death,
             observation_offsets=observation_offsets,
-            layer=layer,
-            feature_id=ids[order],
-            activation=acts[order],
+            layer=layers,
+            feature_id=ids,
+            activation=acts,
             n_layers=n_layers,
         )
 
 
+def _owners(
+    number: Int[np.ndarray, "N X"], sample_offsets: Int[np.ndarray, " N_and_1"]
+) -> tuple[tuple[np.ndarray, np.ndarray], Int[np.ndarray, " owned"]]:
+    """Return where `number` names a track, and which of all samples' tracks that is."""
+    at = np.nonzero(number >= 0)
+    return (at[0], at[1]), sample_offsets[at[0]] + number[at]
+
+
 def _associate(
-    living: _Living, features: _Features, window: Mapping[int, np.ndarray], config: TrackerConfig
-) -> tuple[Int[np.ndarray, "N K"], Float[np.ndarray, "N K"]]:
-    """Return for each feature the living track that goes on as it, or -1, and 1 / norm of its decoder vector."""
+    living: _Living, features: _Features, window: Mapping[int, _Decoder], config: TrackerConfig
+) -> Int[np.ndarray, "N K"]:
+    """Return for each feature the living track that goes on as it, or -1."""
     assignment = np.full(features.ids.shape, -1)
-    inverse_norms = np.zeros(features.ids.shape)
     width, n_slots = living.number.shape[1], features.ids.shape[1]
-    if config.association == "none":
-        return assignment, inverse_norms
+    if config.association == "none" or not width:
+        return assignment
     for block in _blocks(len(assignment), _step(8 * width * n_slots, PAIR_BYTES)):
         rows, cols = slice(width), slice(int(features.count[block].max()))
         ids, acts = features.ids[block, cols], features.activations[block, cols]
         if config.association == "feature_id":
             assignment[block, cols] = assign_by_id(living.ids[block], ids, ids >= 0)
             continue
-        cos, inverse_norms[block, cols] = _cosines(living, features, block, window)
+        cos = _cosines(living, features, block, window, decisive_cosines(config))
         n_rows, n_cols = living.count[block], features.count[block]
         row_acts = living.activations[block, rows]
         cost = pair_costs(cos, row_acts, acts, config=config)
@@ -246,33 +276,87 @@ def _associate(
         else:
             chosen = assign_hungarian(cost, n_rows, n_cols, threshold=threshold, gate=config.gate)
         assignment[block, cols] = chosen
-    return assignment, inverse_norms
+    return assignment
 
 
 def _cosines(
-    living: _Living, features: _Features, block: slice, window: Mapping[int, np.ndarray]
-) -> tuple[Float[np.ndarray, "N R K"], Float[np.ndarray, "N K"]]:
-    """Return the cosine of each (living track, feature) pair of a block, 0 if a norm is 0, and the features' 1/norm.
+    living: _Living,
+    features: _Features,
+    block: slice,
+    window: Mapping[int, _Decoder],
+    decisive: tuple[float, float],
+) -> Float[np.ndarray, "N R K"]:
+    """Return the cosine of each (living track, feature) pair of a block, 0 if a norm is 0.
 
-    Padded rows and columns hold some latent's values; nobody reads them.
+    They are products in float64, but for those of which a float32 product shows with certainty that more digits decide
+    nothing: up to the lower of the `decisive` cosines, and above the higher one where neither track nor feature has
+    another partner above the lower one. Padded rows and columns hold some latent's values; nobody reads them.
     """
     width, n_slots = living.number.shape[1], int(features.count[block].max())
+    vectors = window[features.layer].vectors
+    d_model = vectors.shape[1]
+    is_single = decisive[0] > -np.inf and all(decoder.is_single for decoder in window.values())
     cos = np.empty((block.stop - block.start, width, n_slots))
-    inverse_norms = np.empty((block.stop - block.start, n_slots))
-    d_model = window[features.layer].shape[1]
-    step = _step(8 * (width + n_slots) * d_model, VECTOR_BYTES)
-    workspace = np.empty((2, min(step, len(cos)), max(width, n_slots), d_model))  # fresh pages would cost a third more
+    step = _step((4 if is_single else 12) * (width + n_slots) * d_model, VECTOR_BYTES)
+    n_most = min(step, len(cos))
+    # Fresh pages would cost a third more.
+    dtype = np.result_type(*(decoder.vectors.dtype for decoder in window.values()))
+    before, after = (np.empty((n_most, n, d_model), dtype) for n in (width, n_slots))
+    doubles: tuple[np.ndarray, np.ndarray] | None = None
+    # |float32 product - exact| <= D u sum |x y| with u = 2^-24; twice that also covers the scaling.
+    error = 2 * d_model * 2.0**-24
+    low, high = decisive[0] - error, decisive[1] + error
     for part in _blocks(len(cos), step):
-        whole = slice(block.start + part.start, block.start + part.stop)
-        before, after = workspace[0, : len(cos[part]), :width], workspace[1, : len(cos[part]), :n_slots]
-        after[...] = window[features.layer][features.ids[whole, :n_slots]]
-        scale = inverse_norms[part] = _inverse_norms(after, features.ids[whole, :n_slots], features.layer)
-        if width:
-            _gather(before, living.ids[whole], living.layer[whole], features.layer, window)
-            np.matmul(before, after.transpose(0, 2, 1), out=cos[part])
-            cos[part] *= living.inverse_norms[whole, :, None]
-            cos[part] *= scale[:, None, :]
-    return cos, inverse_norms
+        whole, n = slice(block.start + part.start, block.start + part.stop), part.stop - part.start
+        ids = features.ids[whole, :n_slots]
+        _take(vectors, ids, after[:n])
+        _gather(before[:n], living.ids[whole], living.layer[whole], features.layer, window)
+        scale = living.inverse_norms[whole, :, None], features.inverse_norms[whole, None, :n_slots]
+        if is_single:
+            cos[part] = np.matmul(before[:n], after[:n].transpose(0, 2, 1))
+            cos[part] *= scale[0]
+            cos[part] *= scale[1]
+            pairs = _undecided(cos[part], low, high)
+            if len(pairs[0]) <= FEW_PAIRS * cos[part].size:
+                _make_exact(cos[part], pairs, before, after, scale)
+                continue
+        doubles = doubles or (np.empty(before.shape), np.empty(after.shape))
+        doubles[0][:n], doubles[1][:n] = before[:n], after[:n]
+        np.matmul(doubles[0][:n], doubles[1][:n].transpose(0, 2, 1), out=cos[part])
+        cos[part] *= scale[0]
+        cos[part] *= scale[1]
+    return cos
+
+
+def _undecided(cos: Float[np.ndarray, "N R K"], low: float, high: float) -> tuple[np.ndarray, ...]:
+    """Return the places of the pairs above `low`, but for those above `high` that are alone in row and column."""
+    sample, row, col = np.nonzero(cos > low)
+    n_samples, n_rows, n_cols = cos.shape
+    of_row, of_col = sample * n_rows + row, sample * n_cols + col
+    is_alone = np.bincount(of_row, minlength=n_samples * n_rows)[of_row] == 1
+    is_alone &= np.bincount(of_col, minlength=n_samples * n_cols)[of_col] == 1
+    is_open = ~(is_alone & (cos[sample, row, col] > high))
+    return sample[is_open], row[is_open], col[is_open]
+
+
+def _make_exact(
+    cos: Float[np.ndarray, "N R K"],
+    pairs: tuple[np.ndarray, ...],
+    before: np.ndarray,
+    after: np.ndarray,
+    scale: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Write the float64 cosines of some pairs."""
+    sample, row, col = pairs
+    rows, cols = (sample * each.shape[1] + at for each, at in ((before, row), (after, col)))
+    before, after = before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])
+    products, gathered = np.empty(len(rows)), np.empty((2, DOT_ROWS, before.shape[-1]), before.dtype)
+    for part in _blocks(len(rows), DOT_ROWS):
+        left, right = gathered[:, : part.stop - part.start]
+        np.take(before, rows[part], axis=0, out=left, mode="clip")
+        np.take(after, cols[part], axis=0, out=right, mode="clip")
+        np.einsum("pd,pd->p", left, right, dtype=np.float64, out=products[part])
+    cos[pairs] = products * scale[0][sample, row, 0] * scale[1][sample, 0, col]
 
 
 def _gather(
@@ -280,25 +364,23 @@ def _gather(
     ids: Int[np.ndarray, "N R"],
     layers: Int[np.ndarray, "N R"],
     now: int,
-    window: Mapping[int, np.ndarray],
+    window: Mapping[int, _Decoder],
 ) -> None:
     """Write to `out` each track's last decoder vector; `window` holds the layers they can be from, and this one."""
     if len(window) == 2:
-        out[...] = window[now - 1][ids]
+        _take(window[now - 1].vectors, ids, out)
         return
     for layer in window:
         is_here = layers == layer
-        out[is_here] = window[layer][ids[is_here]]
+        out[is_here] = window[layer].vectors[ids[is_here]]
 
 
-def _inverse_norms(
-    vectors: Float[np.ndarray, "N K D"], ids: Int[np.ndarray, "N K"], layer: int
-) -> Float[np.ndarray, "N K"]:
-    norms = np.sqrt(np.vecdot(vectors, vectors))
-    bad = ~np.isfinite(norms) & (ids >= 0)
-    if bad.any():
-        raise InputError(f"decoder of layer {layer}, latent {ids[bad][0]} is not finite; train or export the SAE again")
-    return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+def _take(vectors: Float[np.ndarray, "F D"], ids: Int[np.ndarray, "N X"], out: Float[np.ndarray, "N X D"]) -> None:
+    """Copy rows to `out`; for the id -1 of padding, the last one."""
+    if vectors.dtype == out.dtype:
+        np.take(vectors, ids, axis=0, out=out, mode="wrap")
+    else:
+        out[...] = vectors[ids]
 
 
 def _advance(
@@ -314,7 +396,7 @@ def _advance(
     is_born = (assignment < 0) & (features.activations > config.birth_threshold)
     number = np.where(is_born, log.n_tracks[:, None] + np.cumsum(is_born, axis=1) - 1, -1)
     number[samples, cols] = living.number[samples, rows]
-    log.observe(number, features)
+    log.observe(number)
     log.n_tracks += is_born.sum(axis=1)
 
     here = np.full(features.ids.shape, features.layer)
@@ -324,7 +406,6 @@ def _advance(
         column[samples, rows] = values[samples, cols]
     last = columns[1]
     is_dead = living.is_real() & (features.layer - last > config.max_missed_layers)
-    log.end(living.number, last, is_dead)
     keep = np.concatenate([living.is_real() & ~is_dead, is_born], axis=1)
     return _packed(keep, [np.concatenate(pair, axis=1) for pair in zip(columns, current, strict=True)])
 
@@ -382,14 +463,15 @@ def _check_none(is_bad: Bool[np.ndarray, "N K"], values: np.ndarray, layer: int,
         raise InputError(f"{noun} {values[sample, slot]} in sample {sample}, layer {layer}: expected {expected}")
 
 
-def _read_decoder(decoders: Decoders, features: _Features, window: Mapping[int, np.ndarray]) -> np.ndarray:
+def _read_decoder(decoders: Decoders, features: _Features, window: Mapping[int, _Decoder]) -> _Decoder:
     layer, decoder = features.layer, np.asarray(decoders[features.layer])
     if decoder.ndim != 2:
         raise InputError(f"decoder of layer {layer} has shape {decoder.shape}, expected [latents, width]")
     for other, known in window.items():
-        if known.shape[1] != decoder.shape[1]:
+        if known.vectors.shape[1] != decoder.shape[1]:
             raise InputError(
-                f"decoder of layer {layer} is {decoder.shape[1]} wide, that of layer {other} {known.shape[1]}; "
+                f"decoder of layer {layer} is {decoder.shape[1]} wide, that of layer {other} "
+                f"{known.vectors.shape[1]}; "
                 "give decoders of one model"
             )
     largest = features.ids.max(initial=-1)
@@ -399,7 +481,29 @@ def _read_decoder(decoders: Decoders, features: _Features, window: Mapping[int, 
             f"feature id {largest} in sample {sample}, layer {layer}: the decoder has {len(decoder)} latents, "
             "expected ids below that; use the SAEs that made the features"
         )
-    return decoder
+    if decoder.dtype not in (np.float32, np.float64):
+        decoder = decoder.astype(np.float64)
+    norms = _norms(decoder, features)
+    positive = norms[norms > 0]
+    low, high = SINGLE_NORMS
+    is_single = decoder.dtype == np.float32 and low < positive.min(initial=1.0) <= positive.max(initial=1.0) < high
+    return _Decoder(decoder, np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0), bool(is_single))
+
+
+def _norms(decoder: Float[np.ndarray, "F D"], features: _Features) -> Float[np.ndarray, " F"]:
+    """Return the norms of the vectors that the layer's features use, 0 elsewhere."""
+    norms, is_used = np.zeros(len(decoder)), np.zeros(len(decoder), bool)
+    is_used[features.ids[features.ids >= 0]] = True
+    used = np.flatnonzero(is_used)
+    for part in _blocks(len(used), DOT_ROWS):
+        vectors = decoder[used[part]]
+        norms[used[part]] = np.sqrt(np.einsum("fd,fd->f", vectors, vectors, dtype=np.float64))
+    bad = used[~np.isfinite(norms[used])]
+    if bad.size:
+        raise InputError(
+            f"decoder of layer {features.layer}, latent {bad[0]} is not finite; train or export the SAE again"
+        )
+    return norms
 
 
 def _typed(name: str, array: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 
 from jaxsae.artifacts import Answer, Features
 from jaxsae.detection import ProtocolConfig, Tables, build_tables
+from jaxsae.detection.tables import TRACK_CONTROLS
 
 N_LAYERS, WIDTH, N_LATENTS, KEPT = 3, 5, 23, 4
 POSITIONS = ("last_prompt", "last_answer")
@@ -16,19 +17,26 @@ CATEGORIES = ("often", "never", "misconception")
 
 @dataclasses.dataclass
 class Inputs:
-    """The four arguments of `build_tables`."""
+    """The arguments of `build_tables`."""
 
     features: Features
     answers: list[Answer]
     track_metrics: np.ndarray
+    track_controls: dict[str, np.ndarray]
     track_columns: tuple[str, ...] = TRACK_COLUMNS
 
     def tables(self) -> Tables:
-        return build_tables(self.features, self.answers, self.track_metrics, self.track_columns)
+        return build_tables(
+            self.features,
+            self.answers,
+            self.track_metrics,
+            self.track_columns,
+            track_controls=self.track_controls,
+        )
 
 
 def make_answers(rng: np.random.Generator, n_groups: int, per_group: int) -> list[Answer]:
-    answers = []
+    answers, entropy_rng = [], np.random.default_rng(n_groups)
     for row in range(n_groups * per_group):
         group = row // per_group
         # Every second group is hallucinated, but for one row in six: groups are mixed now and then.
@@ -47,6 +55,7 @@ def make_answers(rng: np.random.Generator, n_groups: int, per_group: int) -> lis
                 answer_ids=(3,) * n_tokens,
                 label=label,
                 logprobs=tuple(-rng.exponential(size=n_tokens)),
+                entropies=tuple(entropy_rng.exponential(size=n_tokens)),
             )
         )
     return answers
@@ -71,7 +80,10 @@ def make_inputs(*, n_groups: int = 60, per_group: int = 2, seed: int = 0) -> Inp
         logprobs=np.array([value for answer in answers for value in answer.logprobs]),
         offsets=np.concatenate([[0], np.cumsum([len(answer.answer_ids) for answer in answers])]),
     )
-    return Inputs(features, answers, rng.normal(size=(n, len(TRACK_COLUMNS))))
+    metrics = rng.normal(size=(n, len(TRACK_COLUMNS)))
+    return Inputs(
+        features, answers, metrics, {name: rng.normal(size=(n, len(TRACK_COLUMNS))) for name in TRACK_CONTROLS}
+    )
 
 
 @pytest.fixture(name="make_inputs")

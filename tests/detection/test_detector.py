@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from jaxsae.artifacts import InputError, sha256_file
 from jaxsae.detection import DETECTORS, FittedDetector, fit_detector
-from jaxsae.detection.baselines import TEXT_DETECTORS
+from jaxsae.detection.baselines import CONTROLS, TEXT_DETECTORS
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def saved(detector, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in TEXT_DETECTORS])
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in (*TEXT_DETECTORS, *CONTROLS)])
 def test_load__predicts_as_the_saved_detector(planted, config, tmp_path, name):
     fitted = fit_detector(planted, dataclasses.replace(config, deploy=name))
     fitted.save(tmp_path)
@@ -55,9 +55,10 @@ def test_predict_proba__of_one_row_is_that_of_the_batch(inputs, planted, detecto
     alone = dataclasses.replace(
         planted,
         **{name: getattr(planted, name)[row : row + 1] for name in (
-            "ids", "groups", "labels", "categories", "questions", "answers", "lengths", "logprobs", "resid",
-            "feature_ids", "activations", "track_metrics",
+            "ids", "groups", "labels", "categories", "questions", "answers", "lengths", "logprobs", "entropies",
+            "resid", "feature_ids", "activations", "track_metrics",
         )},
+        track_controls={},
     )  # fmt: skip
     assert len(features.ids) == 120
     np.testing.assert_allclose(detector.predict_proba(alone)[0], detector.predict_proba(planted)[row], rtol=1e-12)
@@ -140,7 +141,7 @@ def test_load__refuses_a_description_that_lacks_a_key(saved):
 
 def test_load__refuses_parts_that_do_not_fit_the_estimators(saved, detector):
     rewrite(saved, parts=[{"name": "length", "layer": None, "c": None}])
-    with pytest.raises(InputError, match=r"names 1 parts, estimators.skops holds 9"):
+    with pytest.raises(InputError, match=r"names 1 parts, estimators.skops holds 11"):
         FittedDetector.load(saved)
 
 

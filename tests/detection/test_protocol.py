@@ -23,7 +23,7 @@ from jaxsae.detection.nesting import (
     nest_stack,
     quiet_single_threaded_blas,
 )
-from jaxsae.detection.protocol import make_folds, permute_within_groups
+from jaxsae.detection.splits import make_folds, permute_within_groups
 
 
 @pytest.fixture(scope="module")
@@ -277,11 +277,15 @@ def test_differences__are_paired_and_against_the_best_baseline(results):
     auroc = {row["name"]: row["auroc"] for row in results.detection}
     plain = ["length", "logprob_mean", "logprob_min", "logprob_sum", "logprob_first"]
     names = [row["name"] for row in results.differences]
+    plain += ["entropy_mean", "entropy_max"]
     assert names == [
         "tracks_forest_over_best_baseline",
         "stack_over_best_baseline",
         "stack_tracks_over_best_baseline",
         "stack_tracks_over_stack",
+        "tracks_logistic_over_none",
+        "tracks_logistic_over_shuffled",
+        "tracks_logistic_over_random_decoders",
     ]
     for row in results.differences:
         assert row["difference"] == pytest.approx(auroc[row["a"]] - auroc[row["b"]], abs=1e-12)
@@ -310,7 +314,8 @@ def test_by_category__sets_its_hallucinated_answers_against_all_right_ones(table
     assert row["n_wrong"] == tables.labels[member].sum()
     assert row["n_right"] == (tables.labels[member] == 0).sum()
     assert {row["detector"] for row in results.by_category} == {
-        "logprob_mean", "logprob_min", "logprob_sum", "logprob_first", "tracks_forest", "stack", "stack_tracks",
+        "logprob_mean", "logprob_min", "logprob_sum", "logprob_first", "entropy_mean", "entropy_max", "tracks_forest",
+        "stack", "stack_tracks",
     }  # fmt: skip
 
 
@@ -335,10 +340,10 @@ def test_counts__add_up(tables, results):
     assert counts["empty_answers"] == tables.n_empty
     assert sum(sum(category.values()) for category in counts["categories"].values()) == 120
     assert counts["unconverged_fits"] == 0
-    assert counts["choices_tried"] == 11 + 3 * 3 + 2 * 3
+    assert counts["choices_tried"] == 16 + 3 * 3 + 2 * 3
     # Per repeat with 4 folds: 4 inner + 4 outer for one setting, 3 x 4 + 4 for three layers; the L1 detector's inner
     # fits depend on the layers chosen.
-    assert counts["fits"] > 2 * (11 * 8 + 4 * 16)
+    assert counts["fits"] > 2 * (16 * 8 + 4 * 16)
 
 
 def test_summary__is_json(results):
@@ -432,6 +437,6 @@ def test_evaluate__refuses_a_fold_without_one_class(tables, config, monkeypatch)
             for part in (rest[:20], wrong[:20], rest[20:], wrong[20:]):
                 yield None, part
 
-    monkeypatch.setattr("jaxsae.detection.protocol.StratifiedGroupKFold", OneSided)
+    monkeypatch.setattr("jaxsae.detection.splits.StratifiedGroupKFold", OneSided)
     with pytest.raises(InputError, match=r"fold 0 got 0 hallucinated and 20 right answers of 120"):
         evaluate(tables, config)

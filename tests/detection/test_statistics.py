@@ -1,5 +1,6 @@
 """Every number equals scikit-learn's or scipy's, weights and ties included."""
 
+import itertools
 import math
 
 import numpy as np
@@ -51,6 +52,84 @@ def test_resample_auroc__takes_each_set_of_hallucinated_rows_against_all_right_o
         for drawn, value in zip(weights, found[:, column], strict=True):
             weight = drawn[group][rows_used]
             assert value == pytest.approx(roc_auc_score(labels[rows_used], scores[rows_used], sample_weight=weight))
+
+
+def test_risk_coverage__equals_a_plain_loop_over_the_kept_answers():
+    rng = np.random.default_rng(5)
+    scores, labels = rng.permutation(80).astype(np.float64), (rng.random(80) < 0.4).astype(np.int64)
+    found = statistics.risk_coverage(scores, labels, points=16)
+    ordered = labels[np.argsort(scores)]
+    risks = [ordered[:n].mean() for n in range(1, 81)]
+    assert found["aurc"] == pytest.approx(np.mean(risks), abs=1e-14)
+    assert found["aurc_best"] == pytest.approx(np.mean([np.sort(labels)[:n].mean() for n in range(1, 81)]), abs=1e-14)
+    for point in found["risk_coverage"]:
+        assert point["risk"] == pytest.approx(risks[round(point["coverage"] * 80) - 1], abs=1e-14)
+    assert found["risk_coverage"][-1] == {"coverage": 1.0, "risk": pytest.approx(labels.mean())}
+
+
+def test_risk_coverage__of_ties_is_the_mean_over_their_orders(rows):
+    scores, labels, _ = rows
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(4000):
+        ordered = labels[np.lexsort((rng.random(90), scores))]
+        drawn.append(np.mean(np.cumsum(ordered) / np.arange(1, 91)))
+    # The standard error of the mean of the draws is the only error.
+    error = 4 * np.std(drawn) / np.sqrt(4000)
+    assert statistics.risk_coverage(scores, labels)["aurc"] == pytest.approx(np.mean(drawn), abs=error)
+    constant = statistics.risk_coverage(np.zeros(90), labels)
+    assert constant["aurc"] == pytest.approx(labels.mean())
+
+
+def test_permutation_p__is_exact_where_all_permutations_can_be_listed():
+    scores, labels = np.array([3.0, 1.0, 2.0, 5.0, 4.0, 0.0]), np.array([1, 0, 0, 1, 1, 0])
+    sums = [sum(scores[list(chosen)]) for chosen in itertools.combinations(range(6), 3)]
+    share = np.mean(np.array(sums) >= scores[labels == 1].sum())
+    found = statistics.permutation_p(scores[:, None], labels, group=np.arange(6), permutations=20_000, seed=0)
+    assert found[0] == pytest.approx(share, abs=0.006)  # four standard errors
+
+
+def test_permutation_p__is_uniform_under_the_null_of_grouped_labels():
+    """Whole groups share label and, nearly, score: permuting rows would call every second draw significant."""
+    rng = np.random.default_rng(1)
+    group = np.repeat(np.arange(30), 6)
+    found = []
+    for seed in range(150):
+        labels = rng.permutation(np.arange(30) % 2)[group]
+        scores = rng.normal(size=30)[group] + 0.1 * rng.normal(size=180)
+        found += statistics.permutation_p(scores[:, None], labels, group=group, permutations=99, seed=seed).tolist()
+    assert 0.01 <= np.mean(np.array(found) <= 0.05) <= 0.12
+    assert 0.4 <= np.mean(found) <= 0.6
+
+
+def test_permutation_p__judges_detectors_on_the_same_permutations_whatever_the_blocks(rows, monkeypatch):
+    scores, labels, group = rows
+    both = np.stack([scores, scores, -scores], axis=1)
+    found = statistics.permutation_p(both, labels, group=group, permutations=60, seed=3)
+    assert found[0] == found[1] < 0.1 < 0.9 < found[2]
+    assert found.min() >= 1 / 61
+
+
+def test_permute_labels__exchanges_groups_of_one_size_whole():
+    group = np.array([0, 0, 1, 1, 2, 2, 3, 4])
+    labels = np.array([1, 1, 0, 0, 1, 0, 1, 0])
+    drawn = statistics.permute_labels(labels, group, permutations=400, seed=(0,))
+    counts = np.stack([drawn[:, group == g].sum(axis=1) for g in range(5)], axis=1)
+    assert (np.sort(counts[:, :3], axis=1) == [0, 1, 2]).all()
+    assert (np.sort(counts[:, 3:], axis=1) == [0, 1]).all()
+    assert set(map(tuple, counts[:, :3])) == set(itertools.permutations((0, 1, 2)))
+    assert 0.4 < drawn[counts[:, 0] == 1, 0].mean() < 0.6  # and a mixed group shuffles its own
+
+
+def test_fit_isotonic__rises_and_is_calibrated_on_its_own_rows(rows):
+    scores, labels, _ = rows
+    fitted = statistics.fit_isotonic(scores, labels)
+    grid = fitted.predict(np.linspace(-9, 9, 50))
+    assert (np.diff(grid) >= 0).all()
+    assert 0 <= grid.min() <= grid.max() <= 1
+    probabilities = fitted.predict(scores)
+    for value in np.unique(probabilities):
+        assert labels[probabilities == value].mean() == pytest.approx(value)
 
 
 def test_resample_auroc__is_nan_where_a_class_is_lost():

@@ -37,11 +37,14 @@ def test_build_tables__counts_empty_answers_and_keeps_them_finite(inputs, tables
 
 def test_build_tables__takes_answers_that_are_all_empty(make_inputs):
     inputs = make_inputs(n_groups=3)
-    answers = [dataclasses.replace(answer, answer="", answer_ids=(), logprobs=()) for answer in inputs.answers]
+    answers = [
+        dataclasses.replace(answer, answer="", answer_ids=(), logprobs=(), entropies=()) for answer in inputs.answers
+    ]
     empty = replaced(inputs, logprobs=np.zeros(0), offsets=np.zeros(7, dtype=np.int64))
     tables = build_tables(empty.features, answers, empty.track_metrics, empty.track_columns)
     assert tables.n_empty == 6
     assert tables.logprobs.tolist() == [[0.0] * 4] * 6
+    assert tables.entropies.tolist() == [[0.0] * 2] * 6
     assert tables.answer_counts.shape == (6, 1)
     assert tables.answer_counts.nnz == 0
 
@@ -102,7 +105,25 @@ def test_build_tables__refuses_another_label(inputs):
         dataclasses.replace(inputs, answers=odd).tables()
 
 
+def test_build_tables__takes_mean_and_largest_entropy(inputs, tables):
+    for row, answer in enumerate(inputs.answers):
+        expected = [np.mean(answer.entropies), np.max(answer.entropies)] if answer.entropies else [0, 0]
+        np.testing.assert_allclose(tables.entropies[row], expected, rtol=1e-15)
+
+
+def test_build_tables__names_an_answer_whose_entropies_are_not_its_tokens(inputs):
+    row = next(n for n, answer in enumerate(inputs.answers) if answer.entropies)
+    short = dataclasses.replace(inputs.answers[row], entropies=inputs.answers[row].entropies[1:])
+    answers = [*inputs.answers[:row], short, *inputs.answers[row + 1 :]]
+    n = len(short.answer_ids)
+    with pytest.raises(InputError, match=rf"'row{row}' has {n - 1} entropies, features.npz {n} tokens of it; run"):
+        dataclasses.replace(inputs, answers=answers).tables()
+
+
 def test_build_tables__refuses_metrics_of_another_size(inputs):
+    shorter = {name: metrics[:-1] for name, metrics in inputs.track_controls.items()}
+    with pytest.raises(InputError, match=r"119 rows of 7 columns, expected 120 rows of 7"):
+        dataclasses.replace(inputs, track_controls=shorter).tables()
     with pytest.raises(InputError, match=r"119 rows of 7 columns, expected 120 rows of 7"):
         dataclasses.replace(inputs, track_metrics=inputs.track_metrics[:-1]).tables()
     with pytest.raises(InputError, match=r"120 rows of 7 columns, expected 120 rows of 2"):

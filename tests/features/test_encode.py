@@ -63,6 +63,7 @@ def make_answers():
                 answer_ids=tuple(ids[n_prompt:]),
                 label=number % 2,
                 logprobs=tuple(-float(number) - token / 8 for token in range(n_answer)),
+                entropies=(1.0,) * n_answer,
             )
         )
     return answers

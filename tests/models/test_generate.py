@@ -62,6 +62,15 @@ def test_generate__a_batch_of_any_lengths_equals_one_prompt_and_one_token_at_a_t
     assert len({len(g.answer_ids) for g in found}) > 2
 
 
+def test_entropies__are_of_the_whole_distribution_that_each_answer_id_was_chosen_from(lm):
+    prompts = random_prompts(seed=2)
+    for prompt, generation in zip(prompts, lm.generate(prompts, max_new_tokens=3), strict=True):
+        text = np.array([[*prompt, *generation.answer_ids]])
+        scores = np.asarray(lm.logits(text))[0, len(prompt) - 1 : -1].astype(np.float64)
+        logprobs = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+        np.testing.assert_allclose(generation.entropies, -(np.exp(logprobs) * logprobs).sum(-1), atol=2e-5)
+
+
 def test_generate__equals_transformers(folder, lm):
     reference = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     prompts = random_prompts(seed=1)
@@ -89,7 +98,7 @@ def test_generate__small_batches_equal_large_ones(lm, monkeypatch):
 def test_generate__a_stop_token_at_once_gives_an_empty_answer(lm):
     first = lm.generate([[1, 2]], max_new_tokens=1)[0].answer_ids[0]
     [stopped] = lm.generate([np.array([1, 2])], max_new_tokens=3, stop_ids=frozenset({first}))
-    assert stopped == generate.Generation((), (), True)
+    assert stopped == generate.Generation((), (), (), True)
 
 
 def test_generate__no_prompts_give_no_answers(lm):

@@ -47,7 +47,7 @@ def put(lm, questions):
 
 
 def row(id, text, label, right=("Paris",), category=""):
-    return Answer(id, "Where?", right, id, category, "Where?", (1,), text, (2,), label, (-1.0,))
+    return Answer(id, "Where?", right, id, category, "Where?", (1,), text, (2,), label, (-1.0,), (0.5,))
 
 
 def test_given_answers__have_the_log_probabilities_of_one_forward_pass_of_their_own(lm, asked):
@@ -61,6 +61,8 @@ def test_given_answers__have_the_log_probabilities_of_one_forward_pass_of_their_
         first = len(answer.prompt_ids)
         token_logprobs = [expected[at - 1, ids[0, at]] for at in range(first, ids.shape[1])]
         np.testing.assert_allclose(answer.logprobs, token_logprobs, atol=1e-5)
+        entropies = [-np.sum(np.exp(expected[at - 1]) * expected[at - 1]) for at in range(first, ids.shape[1])]
+        np.testing.assert_allclose(answer.entropies, entropies, atol=1e-5)
         assert lm.tokenizer.decode(answer.answer_ids).strip() == answer.answer
         assert answer.answer == (asked_of(answer, asked).answers[0] if answer.label == 0 else "Rome")
 
@@ -81,6 +83,7 @@ def test_given_answers__that_are_the_models_own_have_the_log_probabilities_of_it
     assert len(own) > 30
     for a, b in zip(own, read, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        np.testing.assert_allclose(a.entropies, b.entropies, atol=1e-4)
 
 
 def test_pair_up__names_a_question_without_a_wrong_answer(lm):

@@ -283,7 +283,11 @@ def test_suite_without_a_description__is_named(tracked, refuses):
 @pytest.mark.parametrize(
     ("file", "command", "words"),
     [
-        ("answers.jsonl", "detect", r"answers\.jsonl line \d+ (is not readable JSON|lacks).*; run jaxsae answer$"),
+        (
+            "answers.jsonl",
+            "detect",
+            r"answers\.jsonl line \d+ (is not readable JSON|lacks).*; run jaxsae answer( --redo)?$",
+        ),
         ("features.npz", "detect", r"features\.npz is damaged at \w+ \(.*\); run jaxsae track$"),
         ("tracks.npz", "detect", r"tracks\.npz is damaged at \w+ \(.*\); run jaxsae track$"),
         ("metrics.json", "evaluate", r"metrics\.json is not readable JSON \(.*\); run jaxsae detect$"),

@@ -38,6 +38,7 @@ def test_run__leaves_the_files_that_are_documented(finished):
     assert found == {
         *("activations", "saes", "logs", "manifests", "figures", "detector"),
         *("answers.jsonl", "answers_summary.json", "features.npz", "tracks.npz", "predictions.csv", "metrics.json"),
+        "metrics.csv",
         *("report.md", "report.html"),
     }
     assert not list(finished.workdir.rglob("*.partial"))
@@ -91,13 +92,15 @@ def test_answers__carry_the_documented_fields(finished):
     row = json.loads((finished.workdir / "answers.jsonl").read_text().splitlines()[0])
     assert set(row) == {
         *("format_version", "code_version", "id", "question", "answers", "group", "category"),
-        *("prompt", "prompt_ids", "answer", "answer_ids", "label", "logprobs"),
+        *("prompt", "prompt_ids", "answer", "answer_ids", "label", "logprobs", "entropies"),
     }
     labels = [answer.label for answer in answers]
     assert 30 <= sum(labels) <= 210
     for answer in answers:
         assert len(answer.logprobs) == len(answer.answer_ids)
         assert max(answer.logprobs, default=0.0) <= 0
+        assert len(answer.entropies) == len(answer.answer_ids)
+        assert min(answer.entropies, default=0.0) >= 0
         assert answer.prompt == answer.question
         is_right = any(right in answer.answer for right in answer.answers)
         assert answer.label == int(not is_right)  # names of the demo's world are no part of one another

@@ -37,9 +37,36 @@ def detection_row(name: str, definition: str, auroc: float) -> dict:
         "ci_low": low,
         "ci_high": high,
         "f1": auroc - 0.11,
+        "p_value": 0.0005 if auroc > 0.5 else 1.0,
+        "brier_isotonic": rates["brier"] - 0.002,
+        "ece_isotonic": 0.017,
+        "aurc": 0.531 - 0.6 * (auroc - 0.5),
+        "aurc_best": 0.176,
+        "risk_coverage": [
+            {"coverage": share, "risk": 0.531 * (1 - (1 - share) * 2 * (auroc - 0.5))} for share in (0.1, 0.5, 1.0)
+        ],
         **rates,
         **scores,
     }
+
+
+def curve_rows() -> list[dict]:
+    """AUROC of two detectors with fewer and with flipped labels."""
+    settings = [("few_labels", share, round(2924 * share)) for share in (0.05, 0.25, 1.0)]
+    settings += [("label_noise", share, 2924) for share in (0.0, 0.2)]
+    return [
+        {
+            "kind": kind,
+            "detector": name,
+            "share": share,
+            "n_labelled": n_labelled,
+            "auroc": top - (0.1 * (1 - share) if kind == "few_labels" else 0.3 * share),
+            "ci_low": top - 0.13,
+            "ci_high": top + 0.02,
+        }
+        for name, top in (("resid_last_prompt", 0.771), ("tracks", 0.701))
+        for kind, share, n_labelled in settings
+    ]
 
 
 def sae_rows(n_layers: int) -> list[dict]:
@@ -210,6 +237,7 @@ def report_inputs(n_layers: int = 6, n_evaluations: int = 30, n_answers: int = 6
                 "definition": "(log-prob + probe + tracks) over (log-prob + probe)",
             },
         ],
+        curves=curve_rows(),
         counts={
             "rows": 2924,
             "groups": 1560,

@@ -107,6 +107,36 @@ def test_auroc_forest__explains_only_the_marks_it_draws(make_inputs):
     assert bare.caption == "AUROC with 95% intervals (bootstrap over groups)."
 
 
+def test_risk_coverage__draws_method_and_baseline_between_chance_and_no_error(make_inputs):
+    inputs = make_inputs()
+    figure, alt, _ = figures.risk_coverage(inputs)
+    lines = {line.get_label().split(",")[0]: line for line in figure.axes[0].lines}
+    rows = {row["name"]: row for row in inputs.detection}
+    for name in (inputs.method, inputs.best_baseline):
+        assert name in alt
+        assert lines[name].get_ydata().tolist() == [point["risk"] for point in rows[name]["risk_coverage"]]
+    assert set(lines["chance"].get_ydata()) == {0.531}
+    best = lines["no error"]
+    np.testing.assert_allclose(best.get_ydata()[-1], 0.531)
+    assert (best.get_ydata()[best.get_xdata() < 1 - 0.531] == 0).all()
+    older = [{key: value for key, value in row.items() if key != "risk_coverage"} for row in inputs.detection]
+    assert figures.risk_coverage(make_inputs(detection=older)) is None
+
+
+def test_label_curves__draw_a_line_a_detector_and_kind(make_inputs):
+    inputs = make_inputs()
+    figure, alt, _ = figures.label_curves(inputs)
+    few, noise = figure.axes
+    for axes, kind, key in ((few, "few_labels", "n_labelled"), (noise, "label_noise", "share")):
+        for line, name in zip(axes.lines, ("resid_last_prompt", "tracks"), strict=False):
+            rows = [row for row in inputs.curves if (row["kind"], row["detector"]) == (kind, name)]
+            assert line.get_xdata().tolist() == [row[key] for row in rows]
+            assert line.get_ydata().tolist() == [row["auroc"] for row in rows]
+            assert name in alt
+    assert few.get_ylim() == noise.get_ylim()
+    assert figures.label_curves(make_inputs(curves=())) is None
+
+
 def test_density_ridges__name_the_mean_rate__and_need_a_latent_that_fires(make_inputs):
     rest = {"history": (), "detection": (), "predictions": {}, "examples": ()}
     rows = [{"layer": layer, "l0_inference": l0} for layer, l0 in enumerate((6.0, 10.0))]

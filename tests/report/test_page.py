@@ -87,7 +87,7 @@ def test_write__returns_every_file_it_wrote(written):
     assert [path.relative_to(workdir).as_posix() for path in paths] == [
         *("report.md", "report.html"),
         *(f"figures/{name}.png" for name in ("sae_layers", "sae_density", "sae_crowding", "training")),
-        *(f"figures/{name}.png" for name in ("auroc", "roc", "calibration")),
+        *(f"figures/{name}.png" for name in ("auroc", "roc", "calibration", "risk_coverage", "curves")),
         *("figures/tracks_1_right.png", "figures/tracks_2_wrong.png"),
     ]
     assert {path for path in workdir.rglob("*") if path.is_file()} == set(paths)
@@ -103,7 +103,7 @@ def test_html__is_one_self_contained_page_with_title_language_and_text_alternati
     assert "<title>jaxsae report: demo</title>" in html
     assert "default-src 'none'" in html
     figures = [value for tag, name, value in page.attributes if (tag, name) == ("div", "aria-label")]
-    assert len(figures) == page.tags.count("svg") == 9
+    assert len(figures) == page.tags.count("svg") == 11
     assert all(len(alt) > 20 for alt in figures)
 
 
@@ -114,7 +114,7 @@ def test_markdown__names_the_figures_that_exist_and_has_even_tables(written):
     named = re.findall(r"\]\((figures/[\w.]+)\)", markdown)
     assert [workdir / name for name in named] == paths[2:]
     rendered = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown))
-    assert rendered.tags.count("table") == (workdir / "report.html").read_text(encoding="utf-8").count("<table>") == 16
+    assert rendered.tags.count("table") == (workdir / "report.html").read_text(encoding="utf-8").count("<table>") == 17
     links = [value for tag, name, value in rendered.attributes if (tag, name) == ("a", "href")]
     assert len(links) == rendered.tags.count("h2") == 12
 
@@ -184,7 +184,7 @@ def test_write__escapes_text_everywhere_in_both_pages(complete_inputs, tmp_path)
     assert "script" not in viewed.tags
     assert viewed.text.count("<script>alert('x')</script>") > 25
     sources = [value for tag, name, value in viewed.attributes if name == "src"]
-    assert len(sources) == 9
+    assert len(sources) == 11
     assert all(source.startswith("figures/") for source in sources)
     links = [value for tag, name, value in viewed.attributes if name == "href"]
     assert all(link.startswith("#") for link in links)
@@ -219,6 +219,7 @@ def test_write__copes_with_values_that_were_not_measured(complete_inputs, tmp_pa
         canary=blank([complete_inputs.canary])[0],
         by_category=blank(complete_inputs.by_category),
         differences=blank(complete_inputs.differences),
+        curves=blank(complete_inputs.curves, "share"),
         phases=blank(complete_inputs.phases),
         counts={"rows": None, "by_category": None},
         predictions={},

@@ -115,9 +115,8 @@ def oracle_sample(ids, acts, decoders, config):
 def oracle_tracks(ids, acts, decoders, config):
     acts = acts.astype(np.float64)
     if config.normalise_activations:
-        for layer in range(acts.shape[1]):
-            positive = acts[:, layer][acts[:, layer] > 0]
-            acts[:, layer] /= positive.mean() if positive.size else 1.0
+        for rows in acts.reshape(-1, acts.shape[-1]):
+            rows /= rows.sum() / (rows > 0).sum() if rows.any() else 1.0
     return [oracle_sample(i, a, decoders, config) for i, a in zip(ids, acts, strict=True)]
 
 
@@ -229,13 +228,75 @@ def test_track__ignores_the_scale_of_a_layer_when_normalising(seed, variant):
     assert_same(tracks, tracking.track(ids, (acts * scale[:, None]).astype(np.float32), decoders, config))
 
 
-def test_track__normalises_by_the_mean_positive_activation_of_the_layer():
+@properties
+@hypothesis.given(seeds, variants)
+def test_track__births_less_deaths_are_the_living(seed, variant):
+    tracks = tracking.track(*make_features(seed), make_config(variant))
+    owner = np.repeat(np.arange(4), np.diff(tracks.sample_offsets))
+    seen_at = [layers for sample in as_lists(tracks) for _, _, layers in sample]
+    for layer in range(tracks.n_layers):
+        births = np.bincount(owner[tracks.birth <= layer], minlength=4)
+        deaths = np.bincount(owner[(tracks.death >= 0) & (tracks.death < layer)], minlength=4)
+        living = [seen[0][0] <= layer and (d < 0 or d >= layer) for seen, d in zip(seen_at, tracks.death, strict=True)]
+        np.testing.assert_array_equal(births - deaths, np.bincount(owner[living], minlength=4))
+
+
+@properties
+@hypothesis.given(seeds, variants, st.sampled_from([0.05, 0.5, 1.1]))
+def test_track__decides_with_float32_products_as_with_float64_ones(seed, variant, threshold):
+    """Many pairs have equal cosines, but for the last digits of float32: twins of latents, one of them longer."""
+    ids, acts, decoders = make_features(seed)
+    rng = np.random.default_rng(seed)
+    twin = rng.integers(decoders.shape[1], size=decoders.shape[1])
+    decoders = decoders[:, twin] * np.float32(1 + 0.1 * rng.random((1, decoders.shape[1], 1)))
+    config = make_config(variant, association_threshold=threshold)
+    exact = tracking.track(ids, acts, decoders.astype(np.float32).astype(np.float64), config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracks_module, "FEW_PAIRS", 1.0)
+        assert_same(exact, tracking.track(ids, acts, decoders.astype(np.float32), config))
+
+
+def test_track__looks_at_close_calls_again_in_float64(monkeypatch):
+    """Each track has two partners whose cosines differ by less than float32 products are off."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((100, 256)).astype(np.float32)
+    second = (np.repeat(first, 2, axis=0) * (1 + 1e-4 * rng.standard_normal((200, 256)))).astype(np.float32)
+    ids = np.stack([[[n, -1], [2 * n, 2 * n + 1]] for n in range(100)])
+    acts = np.where(ids >= 0, 1.0, 0.0)
+    monkeypatch.setattr(tracks_module, "FEW_PAIRS", 1.0)
+    exact = tracking.track(ids, acts, [first.astype(np.float64), second.astype(np.float64)], tracking.TrackerConfig())
+    assert_same(exact, tracking.track(ids, acts, [first, second], tracking.TrackerConfig()))
+    monkeypatch.setattr(tracks_module, "_make_exact", lambda *arguments: None)
+    hasty = tracking.track(ids, acts, [first, second], tracking.TrackerConfig())
+    assert np.sum(hasty.feature_id != exact.feature_id) > 20
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_track__ignores_the_length_of_decoder_vectors_however_extreme(scale):
+    ids, acts, decoders = make_features(11)
+    config = tracking.TrackerConfig()
+    tracks = tracking.track(ids, acts, decoders.astype(np.float64), config)
+    scaled = (decoders.astype(np.float64) * scale).astype(np.float32)
+    assert_same(tracks, tracking.track(ids, acts, scaled, config))
+
+
+def test_track__normalises_by_the_sample_s_mean_positive_activation_in_the_layer():
     ids = np.array([[[0, 1], [0, -1]], [[1, -1], [-1, -1]]])
-    acts = np.array([[[6.0, 2.0], [0.25, 0.0]], [[1.0, 0.0], [0.0, 0.0]]])
+    acts = np.array([[[6.0, 3.0], [0.25, 0.0]], [[1.0, 0.0], [0.0, 0.0]]])
     config = tracking.TrackerConfig(association="none", normalise_activations=True)
     tracks = tracking.track(ids, acts, np.ones((2, 2, 3)), config)
-    assert tracks.activation.tolist() == [2.0, 2.0 / 3.0, 1.0]
-    assert tracks.birth.tolist() == [0, 0, 1]
+    assert tracks.activation.tolist() == [6.0 / 4.5, 3.0 / 4.5, 1.0, 1.0]
+    assert tracks.birth.tolist() == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_track__of_a_sample_is_the_same_alone_when_normalising(variant):
+    ids, acts, decoders = make_features(3, n_samples=5)
+    config = make_config(variant, normalise_activations=True)
+    together = as_lists(tracking.track(ids, acts, decoders, config))
+    assert [
+        as_lists(tracking.track(ids[n : n + 1], acts[n : n + 1], decoders, config))[0] for n in range(5)
+    ] == together
 
 
 def test_track__coasts_over_a_missed_layer_with_its_last_observation():

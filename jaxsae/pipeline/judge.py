@@ -1,0 +1,79 @@
+"""From one answer to its probability: read it, follow its tracks, put it in a table, ask the fitted detector."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxsae import features, models, sae, tracking
+from jaxsae.artifacts import Answer, Features
+from jaxsae.config import TrackingConfig
+from jaxsae.detection import FittedDetector, Tables, build_tables
+from jaxsae.detection.explain import earliest_layer, repeat_row, scores_by_layer
+from jaxsae.features import Reading
+from jaxsae.pipeline.track import follow, follow_latents
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A fitted detector and what it needs to see an answer as it saw those it was fitted on.
+
+    Attributes:
+        suite: of all layers, as jax arrays.
+        decoders: its decoder rows, for each layer [F, D], as NumPy.
+        keep: latents kept for each layer and position.
+        tracker: the tracker's settings and the position it looks at.
+    """
+
+    fitted: FittedDetector
+    lm: models.LanguageModel
+    suite: sae.SaeSuite
+    decoders: list[np.ndarray]
+    keep: int
+    tracker: TrackingConfig
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Return the kept positions' names, in the detector's order."""
+        return tuple(self.fitted.layout["positions"])
+
+    def read(self, answer: Answer) -> Reading:
+        """Read one answer, cut after each of its tokens; raises as `features.read_prefixes` does."""
+        return features.read_prefixes(self.lm, self.suite, answer, keep=self.keep, names=self.positions)
+
+    def read_ablated(
+        self, answer: Answer, latents: Sequence[Sequence[tuple[int, int]]]
+    ) -> tuple[tuple[Answer, ...], Features]:
+        """Read one answer with latents taken out of the model; raises as `features.read_ablated` does."""
+        return features.read_ablated(self.lm, self.suite, answer, latents, keep=self.keep, names=self.positions)
+
+    def follow(self, kept: Features) -> tracking.Tracks:
+        """Return the tracks of each row."""
+        return follow(kept, self.decoders, self.tracker)
+
+    def tabulate(self, answers: Sequence[Answer], kept: Features) -> Tables:
+        """Return what the detector looks at, a row an answer."""
+        metrics = tracking.divergence_metrics(self.follow(kept))
+        return build_tables(kept, answers, metrics, tracking.DIVERGENCE_COLUMNS)
+
+    def probabilities(self, tables: Tables) -> Float[np.ndarray, " N"]:
+        """Return the calibrated probabilities of hallucination."""
+        return self.fitted.predict_proba(tables)[:, 1]
+
+    def earliest_layer(self, tables: Tables, kept: Features) -> int | None:
+        """Return the first layer from which on the verdict on the last row is the final one.
+
+        The verdict after layer l is the detector's when it knows the tracks and probes up to layer l alone (see
+        `jaxsae.detection.explain.scores_by_layer`); None where no layer turned what it says before it knows anything.
+        """
+        ids, activations = kept.at(self.tracker.position)
+        n_layers = ids.shape[1]
+        metrics = np.empty((n_layers, len(tracking.DIVERGENCE_COLUMNS)))
+        for layer in range(n_layers):
+            seen = ids[-1:, : layer + 1], activations[-1:, : layer + 1]
+            tracks = follow_latents(*seen, self.decoders[: layer + 1], self.tracker)
+            metrics[layer] = tracking.divergence_metrics(tracks)[0]
+        by_layer = repeat_row(tables, len(tables.ids) - 1, n_layers, track_metrics=metrics)
+        is_hallucinated = self.fitted.calibrated(scores_by_layer(self.fitted, by_layer)) >= self.fitted.threshold
+        return earliest_layer(is_hallucinated == is_hallucinated[-1])
