@@ -107,7 +107,9 @@ class TrainConfig:
     epochs: float | None = _field(None, "passes over the training tokens; give this or n_tokens")
     n_tokens: int | None = _field(None, "tokens to train on, repeating the store when it holds fewer")
     lr: float | None = _field(
-        None, "peak learning rate; unset takes min(3e-4, 2e-4 / sqrt(F / 2^14)), of signum 5e-3 / sqrt(F / 2^14)"
+        None,
+        "peak learning rate; unset takes 0.14 / sqrt(F), in more than 300 steps times (300 / steps)^(1/3); of signum "
+        "5e-3 / sqrt(F / 2^14)",
     )
     dtype: str = _field("float32", "of the operands of matrix products, float32 or bfloat16; all else is float32")
     optimizer: str = _field(

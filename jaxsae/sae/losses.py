@@ -236,19 +236,28 @@ def aux_loss(
     energy = moment.total(jnp.sum(error**2))
     unexplained = jnp.sum((error - moment.all_latents(dot(feats, weights.W_dec, moment.dtype))) ** 2)
     loss = unexplained / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)
-    return loss if bar is None else loss + _BAR_WEIGHT * _short_of_bar(pre, is_dead, bar, moment)
+    return loss if bar is None else loss + _BAR_WEIGHT * _short_of_bar(pre, acts - params.b_dec, is_dead, bar, moment)
 
 
 def _short_of_bar(
-    pre: Float[Array, "B F"], is_dead: Bool[Array, " F"], bar: Float[Array, "*B"], moment: Moment
+    pre: Float[Array, "B F"],
+    centred: Float[Array, "B D"],
+    is_dead: Bool[Array, " F"],
+    bar: Float[Array, "*B"],
+    moment: Moment,
 ) -> Float[Array, ""]:
-    """Return this shard's share of what each dead latent lacks on the row where that is least, summed over them."""
+    """Return this shard's share of what each dead latent lacks on its row, summed over them.
+
+    Its row is that of the largest pre-activation for its length: of pre-activations as they are, rows far out would
+    have the largest of all latents.
+    """
     lowest = moment.least_of_latents(jnp.broadcast_to(bar, pre.shape[:1]))
     lowest = jnp.where(jnp.isfinite(lowest), lowest, 0.0)
-    missing = jax.nn.relu(lowest[:, None] - pre)
-    is_nearest = missing == moment.least(lax.stop_gradient(missing.min(axis=0)))
-    total = jnp.sum(jnp.where(is_nearest & is_dead, missing, 0.0))
-    return moment.all_latents(total) / jnp.sqrt(moment.variance)
+    lengths = lax.stop_gradient(jnp.linalg.norm(centred, axis=-1, keepdims=True))
+    missing = jax.nn.relu(lowest[:, None] - pre) / lengths
+    nearness = lax.stop_gradient(pre) / lengths
+    is_nearest = nearness == -moment.least(-nearness.max(axis=0))
+    return moment.all_latents(jnp.sum(jnp.where(is_nearest & is_dead, missing, 0.0)))
 
 
 def _of_dead(params: SaeParams, is_dead: Bool[Array, " F"], n: int) -> tuple[Bool[Array, " n"], SaeParams]:

@@ -114,7 +114,7 @@ def test_learning_rate__unset__falls_with_the_root_of_the_latents():
         return make_recipe(sae, train, n_layers=L, d_model=D, batches_per_epoch=10).lr
 
     assert [lr("signum", 2**n) for n in (12, 14, 16)] == pytest.approx([1e-2, 5e-3, 2.5e-3])
-    assert [lr("adam", 2**n) for n in (12, 14, 16)] == pytest.approx([3e-4, 2e-4, 1e-4])
+    assert [lr("adam", 2**n) for n in (12, 14, 16)] == pytest.approx([0.14 / 2 ** (n / 2) for n in (12, 14, 16)])
 
 
 def test_settled_step__is_where_k_or_the_penalty_stops_changing():

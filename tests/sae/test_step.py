@@ -554,8 +554,9 @@ def test_schedule__cosine__has_one_value_an_epoch():
 def test_recipe__derives_steps_latents_window_and_learning_rate():
     by_epochs = make("topk", n_tokens=None, epochs=2.5, n_latents=None, expansion=1.5, lr=None)
     assert (by_epochs.total_steps, by_epochs.n_latents, by_epochs.total_tokens) == (25, 9, 25 * B)
-    assert by_epochs.lr == 3e-4
-    assert make("topk", n_latents=2**16, lr=None).lr == pytest.approx(1e-4)
+    assert by_epochs.lr == pytest.approx(0.14 / 3)
+    assert make("topk", lr=None, n_tokens=2400 * B).lr == pytest.approx(0.14 / F**0.5 / 2)
+    assert make("topk", n_latents=2**14, lr=None, n_tokens=30_000 * B).lr == pytest.approx(2.36e-4, rel=1e-2)
     assert make("topk", n_tokens=37 * B + 3).total_steps == 37
     assert make("topk", dead_tokens=10_000_000).dead_tokens == 100 * B // 20
     assert make("topk", dead_tokens=1).dead_tokens == B
