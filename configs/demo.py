@@ -23,11 +23,9 @@ def get_config():
     config.sae.architecture = "topk"
     config.sae.expansion = 4.0
     config.sae.k = 8
-    config.sae.dead_tokens = 100_000
 
     config.train.batch = 1024
     config.train.n_tokens = 700_000
-    config.train.lr = 6e-3
     config.train.evaluate_every = 100
     config.train.checkpoint_every = 200
     config.train.evaluate_tokens = 16_384

@@ -26,7 +26,6 @@ def get_config():
     config.sae.architecture = "topk"  # a step takes three quarters of batchtopk's on a CPU
     config.sae.n_latents = 1152  # 2 D: twice the latents take twice the time
     config.sae.k = 32
-    config.sae.dead_tokens = 100_000
 
     config.train.batch = 1024
     config.train.n_tokens = 640_000  # a little over two passes

@@ -87,7 +87,7 @@ _TRANSFER_FLAGS = """\
   --seed=0                      of splits, forests and resamples
   --bootstrap=2000              resamples of groups behind every interval
 
-Answers of the tested run whose group or text is in the training run are left out, and counted."""
+Answers of the tested run whose group or question is in the training run are left out, and counted."""
 _EXCHANGE_FLAGS = {
     "export": """\
   --workdir=DIR                 the run whose SAEs are written

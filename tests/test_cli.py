@@ -129,7 +129,7 @@ def test_wrong_config_file__ends_in_one_line(fails, tmp_path_factory):
 def test_help__lists_the_stages_in_order(arguments, capsys):
     assert cli.run(["jaxsae", *arguments]) == 0
     said = capsys.readouterr().out
-    names = ("run", *STAGES, "plan", "audit", "score", "export", "import")
+    names = ("run", *STAGES, "plan", "audit", "score", "transfer", "export", "import")
     places = [re.search(rf"^  {name} +\w", said, flags=re.MULTILINE).start() for name in names]
     assert places == sorted(places)
     for flag in ("--config=FILE", "--workdir=DIR", "--dry-run", "--redo"):
@@ -168,7 +168,7 @@ def test_help__of_score_names_its_flags(capsys):
 
 
 def test_commands__are_run_the_stages_plan_and_exchange():
-    assert list(cli.COMMANDS) == ["run", *STAGES, "plan", "audit", "score", "export", "import"]
+    assert list(cli.COMMANDS) == ["run", *STAGES, "plan", "audit", "score", "transfer", "export", "import"]
 
 
 def test_help__answers_within_a_second_and_loads_nothing_heavy():

@@ -253,7 +253,7 @@ def test_resolve__refuses_settings_that_did_not_start_from_the_defaults():
 def test_defaults__hold_every_field_once_at_its_default():
     flat = resolve().flat()
     assert list(flat) == list(settings._FIELDS)
-    assert flat["train.clip_norm"] == 1.0
+    assert flat["train.clip_norm"] is None
     assert flat["model.path"] is None
 
 

@@ -93,11 +93,6 @@ class Benchmark:
     columns: dict[str, str]
     labels: dict[str, int]
 
-    @property
-    def has_order(self) -> bool:
-        """Tell whether the rows' order is the file's: that of rows made from pairs is ours."""
-        return self.pairs is None
-
 
 def read_benchmark(path: str | os.PathLike, *, pairs: str | None = None, columns: Sequence[str] = ()) -> Benchmark:
     """Read labelled answers from .csv, .tsv, .jsonl or .json; the columns say which layout it is.

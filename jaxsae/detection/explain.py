@@ -6,6 +6,7 @@ runs the model passes what came out.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from jaxsae.detection.tables import Tables
 
 Latents = Sequence[tuple[int, int]]  # (layer, latent) pairs
 
-NEAREST = 5  # latents of like size among which a random deletion draws, for each latent of the track
+NEAREST = 5  # latents of like size among which a random deletion draws, for each latent of the track, at least
+_TRIES = 20  # for each random deletion wanted: where fewer differ, there are fewer
 _ROW_FIELDS = ("ids", "groups", "categories", "questions", "answers")  # of `Tables`; its other tuples name columns
 
 
@@ -59,7 +61,8 @@ def draw_matched(
     """Draw random deletions that match a track's: in the same layers, latents active in the same text, of like size.
 
     For each latent of the track one is drawn from the `NEAREST` in size (of log) among the layer's active latents that
-    are neither the track's nor drawn already.
+    are neither the track's nor drawn already; from as many more as it takes, for a short track, to make `draws`
+    different deletions. No deletion comes twice: a repeated one would lower a p-value without telling anything.
 
     Args:
         latents: the track's.
@@ -67,7 +70,8 @@ def draw_matched(
             tokens of activation times length of the decoder row; 0 for a silent one.
 
     Returns:
-        Nothing where some layer has no other active latent, as then nothing matches the track.
+        `draws` deletions, fewer where the active latents allow no more; none where some layer has no other active
+        latent, as then nothing matches the track.
     """
     candidates = [
         np.setdiff1d(np.flatnonzero(size > 0), [f for at, f in latents if at == layer])
@@ -76,13 +80,21 @@ def draw_matched(
     needed = np.bincount([layer for layer, _ in latents], minlength=len(sizes))
     if any(len(found) < n for found, n in zip(candidates, needed, strict=True)):
         return []
-    return [_draw_one(latents, sizes, candidates, rng) for _ in range(draws)]
+    nearest = max(NEAREST, math.ceil(draws ** (1 / len(latents))))
+    drawn: dict[frozenset[tuple[int, int]], list[tuple[int, int]]] = {}
+    for _ in range(_TRIES * draws):
+        one = _draw_one(latents, sizes, candidates, nearest, rng)
+        drawn.setdefault(frozenset(one), one)
+        if len(drawn) == draws:
+            break
+    return list(drawn.values())
 
 
 def _draw_one(
     latents: Latents,
     sizes: Sequence[Float[np.ndarray, " F"]],
     candidates: Sequence[np.ndarray],
+    nearest: int,
     rng: np.random.Generator,
 ) -> list[tuple[int, int]]:
     drawn: list[tuple[int, int]] = []
@@ -92,8 +104,7 @@ def _draw_one(
             sizes[layer][latent], np.finfo(np.float64).tiny
         )  # a latent that is silent here matches the smallest
         distance = np.abs(np.log(sizes[layer][free] / wanted))
-        nearest = free[np.argsort(distance, kind="stable")[:NEAREST]]
-        drawn.append((layer, int(rng.choice(nearest))))
+        drawn.append((layer, int(rng.choice(free[np.argsort(distance, kind="stable")[:nearest]]))))
     return drawn
 
 

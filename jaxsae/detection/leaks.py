@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, Num
 from scipy.stats import norm
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
+from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -30,7 +30,7 @@ from sklearn.preprocessing import StandardScaler
 from jaxsae.detection import statistics
 from jaxsae.detection.baselines import Matrix, TrainVocabulary
 from jaxsae.detection.nesting import raw_scores
-from jaxsae.detection.tables import normalise_text
+from jaxsae.detection.tables import count_words, normalise_text
 
 ROTATIONS = 7
 TRAIN_SHARE = 0.7
@@ -169,7 +169,7 @@ def rotate(units: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"], *, seed:
 
 def make_clues(rows: AuditRows, seed: int) -> Iterator[Clue]:
     """Yield the clues that these rows have."""
-    counts = [_count_words(rows.normalised(texts)) for texts in (rows.questions, rows.answers)]
+    counts = [count_words(rows.normalised(texts)) for texts in (rows.questions, rows.answers)]
     lengths = np.array([[len(answer.split()), len(answer)] for answer in rows.answers], dtype=np.float64)
 
     def text() -> BaseEstimator:
@@ -377,11 +377,3 @@ def number_of(names: Sequence[str]) -> Int[np.ndarray, " N"]:
 
 def _one_hot(index: Int[np.ndarray, " N"]) -> sp.csr_matrix:
     return sp.csr_matrix((np.ones(len(index)), (np.arange(len(index)), index)))
-
-
-def _count_words(normalised: Sequence[str]) -> sp.csr_matrix:
-    """Count words and pairs of words; one column of zeros where no text has a word."""
-    if not any(normalised):
-        return sp.csr_matrix((len(normalised), 1))
-    counts = CountVectorizer(lowercase=False, token_pattern=r"\w+", ngram_range=(1, 2)).fit_transform(normalised)
-    return sp.csr_matrix(counts, dtype=np.float64)

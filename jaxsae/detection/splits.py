@@ -88,10 +88,10 @@ def describe_splits(tables: Tables, folds: Int[np.ndarray, "repeats N"]) -> list
 
 def shared_texts(tables: Tables, fold: Int[np.ndarray, " N"]) -> tuple[int, int]:
     """Count the texts that lie in more than one fold, and their rows."""
-    folds_of: dict[str, set[int]] = {}
+    by_text: dict[str, set[int]] = {}
     for text, number in zip(tables.texts, fold.tolist(), strict=True):
-        folds_of.setdefault(text, set()).add(number)
-    shared = {text for text, numbers in folds_of.items() if len(numbers) > 1}
+        by_text.setdefault(text, set()).add(number)
+    shared = {text for text, numbers in by_text.items() if len(numbers) > 1}
     return len(shared), sum(text in shared for text in tables.texts)
 
 

@@ -82,12 +82,12 @@ class Tables:
     @functools.cached_property
     def question_counts(self) -> sp.csr_matrix:
         """Count words and pairs of words in each question."""
-        return _count_words(self.questions)
+        return count_words([normalise_text(text) for text in self.questions])
 
     @functools.cached_property
     def answer_counts(self) -> sp.csr_matrix:
         """Count words and pairs of words in each answer."""
-        return _count_words(self.answers)
+        return count_words([normalise_text(text) for text in self.answers])
 
     def latents(self, layer: int, position: str) -> sp.csr_matrix:
         """Return the kept activations of one layer as [N, n_latents], at one position or at the largest of all ("max").
@@ -250,10 +250,9 @@ def _summarise_entropies(entropies: Sequence[float]) -> tuple[float, float]:
     return (float(np.mean(entropies)), max(entropies)) if entropies else (0.0, 0.0)
 
 
-def _count_words(texts: Sequence[str]) -> sp.csr_matrix:
-    """Count words and pairs of words; one column of zeros where no text has a word."""
-    normalised = [normalise_text(text) for text in texts]
+def count_words(normalised: Sequence[str]) -> sp.csr_matrix:
+    """Count words and pairs of words in texts as `normalise_text` leaves them; a column of zeros if none has a word."""
     if not any(normalised):
-        return sp.csr_matrix((len(texts), 1))
+        return sp.csr_matrix((len(normalised), 1))
     counts = CountVectorizer(lowercase=False, token_pattern=r"\w+", ngram_range=(1, 2)).fit_transform(normalised)
     return sp.csr_matrix(counts, dtype=np.float64)

@@ -11,7 +11,8 @@ COLUMNS = (
 )
 MEASURES = {
     "auroc": "area under the ROC curve of the mean out-of-fold score; interval: 95 %, resampled groups",
-    "p_value": "share of label permutations whose AUROC is at least this one's",
+    "p_value": "share of label permutations whose AUROC is at least this one's, scores held fixed: for fitted ones too "
+    "small (0.05 may stand for 0.12), and not corrected for the number of detectors",
     "pr_auc": "average precision of the same score; without information it is base_rate",
     "base_rate": "share hallucinated",
     "brier": "mean squared error of the probability by Platt's line, fitted in inner validation",

@@ -12,7 +12,7 @@ from jaxsae.detection import statistics
 from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.detector import fit_detector
 from jaxsae.detection.protocol import ECE_BINS, evaluate
-from jaxsae.detection.tables import Tables
+from jaxsae.detection.tables import Tables, normalise_text
 
 TRANSFERRED = (
     *("length", "logprob_mean", "logprob_sum", "entropy_mean"),
@@ -22,7 +22,7 @@ TRANSFERRED = (
 _WITHIN = "grouped cross-validation within the set, one split, out of fold"
 _ACROSS = (
     "fitted, chosen, calibrated and its threshold taken on all answers of the one set, and applied to those of the "
-    "other whose group and text the first has not"
+    "other whose group and question the first has not"
 )
 
 
@@ -40,8 +40,8 @@ def transfer_matrix(
         on_pair: called when a pair of sets is done.
 
     Returns:
-        train, test, detector, n, n_groups, n_left_out (answers of the test set that share group or text with the train
-        set), base_rate, auroc, ci_low, ci_high (None where a class is missing), brier, ece, accuracy, definition.
+        train, test, detector, n, n_groups, n_left_out (answers of the test set that share group or question with the
+        train set), base_rate, auroc, ci_low, ci_high (None where a class is missing), brier, ece, accuracy, definition.
 
     Raises:
         InputError: a set cannot be learned from, or two sets are of different models, SAEs or track metrics.
@@ -65,10 +65,13 @@ def transfer_matrix(
 
 
 def unseen(learned: Tables, other: Tables) -> Bool[np.ndarray, " N"]:
-    """Mark the rows of `other` whose group and whose normalised text `learned` has not."""
-    groups, texts = set(learned.groups), set(learned.texts)
+    """Mark the rows of `other` whose group and whose normalised question `learned` has not, whatever the answer."""
+    groups, questions = set(learned.groups), set(map(normalise_text, learned.questions))
     return np.array(
-        [group not in groups and text not in texts for group, text in zip(other.groups, other.texts, strict=True)]
+        [
+            group not in groups and normalise_text(question) not in questions
+            for group, question in zip(other.groups, other.questions, strict=True)
+        ]
     )
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae.artifacts import Answer, Features, InputError
-from jaxsae.features.encode import check_finite, keep_features
-from jaxsae.features.prefixes import Place, make_features, next_token_scores
+from jaxsae.features.encode import check_finite, keep_features, make_features
+from jaxsae.features.prefixes import Place, next_token_scores
 from jaxsae.models import LanguageModel, decoder
 from jaxsae.sae import SaeSuite
 

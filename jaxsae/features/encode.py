@@ -84,6 +84,11 @@ def encode_answers(
         on_batch(len(order))
     back = np.argsort(order)
     arrays = {name: np.concatenate([row[name] for row in rows])[back] for name in rows[0]}
+    return make_features(answers, arrays, names)
+
+
+def make_features(answers: Sequence[Answer], arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> Features:
+    """Return the `Features` of answers that carry their own log-probabilities."""
     return Features(
         ids=tuple(answer.id for answer in answers),
         positions=names,

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae.artifacts import Answer, Features, InputError
-from jaxsae.features.encode import check_finite, encode_rows, pool_rows
+from jaxsae.features.encode import check_finite, encode_rows, make_features, pool_rows
 from jaxsae.models import LanguageModel
 from jaxsae.sae import SaeSuite
 
@@ -111,17 +111,6 @@ def read_prefixes(lm: LanguageModel, suite: SaeSuite, answer: Answer, *, keep: i
     arrays = {name: np.stack([part[name] for part in parts], axis=1) for name in parts[0]}
     check_finite(arrays["resid"], cuts)
     return Reading(cuts, make_features(cuts, arrays, names), tuple(token_features))
-
-
-def make_features(answers: Sequence[Answer], arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> Features:
-    """Return the `Features` of answers that carry their own log-probabilities."""
-    return Features(
-        ids=tuple(answer.id for answer in answers),
-        positions=names,
-        logprobs=np.array([p for answer in answers for p in answer.logprobs], np.float32),
-        offsets=np.cumsum([0, *(len(answer.logprobs) for answer in answers)]),
-        **arrays,
-    )
 
 
 def next_token_scores(

@@ -254,11 +254,11 @@ def _sampling_bytes(job: Job) -> Number:
 
 
 def _checkpoint_bytes(job: Job) -> int:
-    """Return a checkpoint's bytes: `best` and `last` weights, Adam's two moments, counters; all float32."""
+    """Return a checkpoint's bytes, float32: `best` and `last` weights, Adam's moments, counters, free rows' weights."""
     n_latents, width = job.recipe.n_latents, job.shape.d_model
     weights = _parameters(job) + n_latents + 1  # threshold and scale
     counters = n_latents + width + 6
-    return 4 * job.shape.n_layers * (2 * weights + 2 * _parameters(job) + counters)
+    return 4 * job.shape.n_layers * (2 * weights + (2 + job.recipe.is_folded) * _parameters(job) + counters)
 
 
 def _parameters(job: Job) -> int:

@@ -36,9 +36,11 @@ class Deletion:
     """What taking a track's latents out of the language model does, beside random deletions of like size.
 
     Attributes:
-        probability: effect on the calibrated probability.
+        probability: effect on the calibrated probability. The track was chosen because the detector reads it, the
+            random latents were not: this p-value is smaller than that of a track chosen beforehand.
         logprob: effect on the answer's summed log-probability, nats; 0 for an empty answer.
-        draws: random deletions: as many latents of the same layers, active at the tracked position, of like size.
+        draws: different random deletions: as many latents of the same layers, active at the tracked position, of like
+            size.
         size: of the track at the tracked position, the sum over its latents of activation times decoder length,
             residual units; by it the random latents were chosen. All are taken out at every token of the answer.
         random_size: the mean size of the random deletions.
@@ -132,7 +134,7 @@ def explain(
     Args:
         tables: a row for each cut of `reading`, the whole answer last.
         tracks: how many to explain.
-        draws: random deletions beside each.
+        draws: different random deletions beside each, as far as there are that many.
         seed: of the draws, with the answer's ids: they do not depend on other answers.
 
     Raises:

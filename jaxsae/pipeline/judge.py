@@ -75,5 +75,6 @@ class Judge:
             tracks = follow_latents(*seen, self.decoders[: layer + 1], self.tracker)
             metrics[layer] = tracking.divergence_metrics(tracks)[0]
         by_layer = repeat_row(tables, len(tables.ids) - 1, n_layers, track_metrics=metrics)
-        is_hallucinated = self.fitted.calibrated(scores_by_layer(self.fitted, by_layer)) >= self.fitted.threshold
-        return earliest_layer(is_hallucinated == is_hallucinated[-1])
+        scores = scores_by_layer(self.fitted, by_layer)
+        is_hallucinated = self.fitted.calibrated(scores) >= self.fitted.threshold
+        return earliest_layer((is_hallucinated == is_hallucinated[-1]) & ~np.isnan(scores))

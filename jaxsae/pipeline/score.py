@@ -19,6 +19,7 @@ from jaxsae.data.prompts import encode_answer, encode_prompt
 from jaxsae.detection import FittedDetector, ProtocolConfig
 from jaxsae.detection.detector import JSON_NAME
 from jaxsae.detection.tables import UNKNOWN_LABEL
+from jaxsae.features.encode import make_features
 from jaxsae.pipeline.explanation import Reference, Similar, TrackEvidence, explain
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.judge import Judge
@@ -40,7 +41,8 @@ class Score:
         probability: calibrated on the run's answers, higher = more likely hallucinated.
         is_hallucinated: whether the probability reaches `threshold`, which was chosen on the run's answers.
         tokens: the text of each token of the answer.
-        token_scores: the probability with the answer cut after each token; the last is `probability`.
+        token_scores: the probability with the answer cut after each token; the last is `probability`. Calibrated on
+            whole answers alone.
         earliest_layer: the first layer from which on the verdict is the final one, as far as the detector can know it
             there (see `jaxsae.detection.explain.scores_by_layer`); None where the final verdict is the one before
             anything is known, and no layer turned it.
@@ -184,6 +186,11 @@ class Detector:
         groups = [str(row.get("prompt")) for row in rows] if groups is None else list(groups)
         if not len(rows) == len(labels) == len(groups):
             raise InputError(f"got {len(rows)} rows, {len(labels)} labels and {len(groups)} groups; expected one each")
+        if not len(rows):
+            raise InputError("got no row to learn from; expected answers of both kinds")
+        for number, label in enumerate(labels, start=1):
+            if label not in (0, 1):
+                raise InputError(f"row {number}: label {label!r}, expected 1 (hallucinated) or 0 (right)")
         prepared = [self._prepare(row, number) for number, row in enumerate(rows, start=1)]
         readings = []
         for one, label, group in zip(prepared, labels, groups, strict=True):
@@ -278,6 +285,8 @@ class Detector:
             yield f"the model did not end its answer within {asking.max_new_tokens} tokens; it is scored as it stands"
         if not _is_of_form(answer.prompt, asking.template):
             yield f"the run's prompts are of the form {asking.template!r}, this one is not"
+        if any(answer.prompt_ids == other.prompt_ids for other in self.reference.answers):
+            yield "the detector learned from an answer to this prompt: it is surer of it than of a new one"
 
 
 def _unscored(name: str, prompt: str, prompt_ids: tuple[int, ...], answer: str, answer_ids: tuple[int, ...]) -> Answer:
@@ -304,14 +313,7 @@ def _whole(readings: Sequence[Any]) -> tuple[list[Answer], Features]:
         name: np.concatenate([getattr(one.features, name)[-1:] for one in readings])
         for name in ("feature_ids", "activations", "resid", "recon_error")
     }
-    kept = Features(
-        ids=tuple(answer.id for answer in answers),
-        positions=readings[0].features.positions,
-        logprobs=np.array([p for answer in answers for p in answer.logprobs], np.float32),
-        offsets=np.cumsum([0, *(len(answer.logprobs) for answer in answers)]),
-        **arrays,
-    )
-    return answers, kept
+    return answers, make_features(answers, arrays, readings[0].features.positions)
 
 
 def _lengths(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jaxsae import artifacts, detection
 from jaxsae.artifacts import InputError
 from jaxsae.detection.transfer import TRANSFERRED, transfer_matrix
 from jaxsae.pipeline.detect import read_tables, write_rows
+from jaxsae.pipeline.stages import STAGES, read_record, record_path
 from jaxsae.progress import Progress
 
 
@@ -19,12 +20,13 @@ def run(workdirs: Sequence[Path], out: Path, *, seed: int = 0, bootstrap: int = 
 
     Raises:
         InputError: there are fewer than two runs, two of one name, a file is missing or damaged, or the runs are of
-            different SAEs.
+            different SAEs or kept or followed their features by different settings.
     """
     names = [workdir.name for workdir in workdirs]
     if len(workdirs) < 2 or len(set(names)) < len(names):
         raise InputError(f"jaxsae transfer takes two or more runs with folders of different names, got {names}")
     _check_same_saes(workdirs)
+    _check_same_settings(workdirs)
     tables = {workdir.name: read_tables(workdir) for workdir in workdirs}
     config = detection.ProtocolConfig(seed=seed, bootstrap=bootstrap)
     with Progress("transfer", len(names) ** 2, "pairs") as bar:
@@ -50,6 +52,25 @@ def _check_same_saes(workdirs: Sequence[Path]) -> None:
                 f"{workdir}/saes and {workdirs[0]}/saes are different SAEs, whose latents mean different things; copy "
                 "one run's saes/ and manifests/ to the other and run jaxsae answer, track and detect there"
             )
+
+
+def _check_same_settings(workdirs: Sequence[Path]) -> None:
+    """Raise unless the runs kept and followed their features by the same settings: else their columns differ."""
+    first, *others = (_settings(workdir) for workdir in workdirs)
+    for workdir, settings in zip(workdirs[1:], others, strict=True):
+        for name in sorted(first.keys() | settings.keys()):
+            if first.get(name) != settings.get(name):
+                raise InputError(
+                    f"{workdir} was tracked with {name}={settings.get(name)}, {workdirs[0]} with {first.get(name)}; "
+                    "run jaxsae track and detect there with the same"
+                )
+
+
+def _settings(workdir: Path) -> dict[str, Any]:
+    record = read_record(workdir, STAGES["track"])
+    if record is None:
+        raise InputError(f"{record_path(workdir, STAGES['track'])} is missing; run jaxsae track")
+    return {name: value for name, value in record["settings"].items() if name.startswith(("features.", "tracking."))}
 
 
 def describe(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:

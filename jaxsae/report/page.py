@@ -226,7 +226,9 @@ def _detection(inputs: ReportInputs, pictures: dict[str, Picture]) -> list[Block
 
 DETECTION_MEASURES = (
     "Positive is hallucinated. Intervals are 95%, from a bootstrap over groups, so that answers to one question "
-    "stay together; p is the share of permutations of the labels that rank as well. PR-AUC is to be read against the "
+    "stay together; p is the share of permutations of the labels that rank as well, the scores held fixed, which for "
+    "fitted scores is too small (0.05 may stand for 0.12), and is not corrected for the number of detectors. PR-AUC is "
+    "to be read against the "
     "share hallucinated; AURC is the mean share hallucinated among the answers kept while those of the highest scores "
     "are withheld one by one, less is better; accuracy, precision, recall and F1 are at a threshold that the training "
     "part of each split chose. tracks_none, tracks_shuffled and tracks_random_decoders are controls of tracks_logistic."

@@ -64,19 +64,26 @@ def _track(track: Mapping[str, Any], *, has_similar: bool) -> list[str]:
         *lines,
         f"    taken out of the model, beside {deletion['draws']} random deletions of like size "
         f"({deletion['size']:.3g}, theirs {deletion['random_size']:.3g})",
-        f"      probability      {_effect(deletion['probability'])}",
-        f"      log-probability  {_effect(deletion['logprob'])}",
+        f"      probability      {_effect(deletion['probability'], deletion['draws'])}",
+        f"      log-probability  {_effect(deletion['logprob'], deletion['draws'])}",
     ]
 
 
-def _effect(effect: Mapping[str, float]) -> str:
+def _effect(effect: Mapping[str, float], draws: int) -> str:
     if effect["change"] == effect["random_low"] == effect["random_high"] == 0:
         return "unchanged by all: these latents act behind the answer's last token"
     return (
         f"{effect['change']:+.3f}, random {effect['random_mean']:+.3f} "
         f"[{effect['random_low']:+.3f}, {effect['random_high']:+.3f}], p {effect['p_value']:.2f}: "
-        f"{'more' if effect['p_value'] <= _RARE else 'no more'} than theirs"
+        f"{_judged(effect['p_value'], draws)}"
     )
+
+
+def _judged(p_value: float, draws: int) -> str:
+    if p_value <= _RARE:
+        return "more than theirs"
+    is_largest = p_value == 1 / (1 + draws)
+    return "more than theirs, but they are too few to tell" if is_largest else "no more than theirs"
 
 
 def _span(layers: Sequence[int]) -> str:

@@ -251,13 +251,15 @@ def _short_of_bar(
     Its row is that of the largest pre-activation for its length: of pre-activations as they are, rows far out would
     have the largest of all latents.
     """
-    lowest = moment.least_of_latents(jnp.broadcast_to(bar, pre.shape[:1]))
+    lowest = moment.least_of_latents(bar) if bar.ndim else bar
     lowest = jnp.where(jnp.isfinite(lowest), lowest, 0.0)
-    lengths = lax.stop_gradient(jnp.linalg.norm(centred, axis=-1, keepdims=True))
-    missing = jax.nn.relu(lowest[:, None] - pre) / lengths
-    nearness = lax.stop_gradient(pre) / lengths
-    is_nearest = nearness == -moment.least(-nearness.max(axis=0))
-    return moment.all_latents(jnp.sum(jnp.where(is_nearest & is_dead, missing, 0.0)))
+    lengths = lax.stop_gradient(jnp.linalg.norm(centred, axis=-1))
+    nearness = lax.stop_gradient(pre) / lengths[:, None]
+    rows, far = jnp.argmax(nearness, axis=0), -nearness.max(axis=0)
+    is_here = far == moment.least(far)  # of all shards' rows, on this one
+    bars = lowest[rows] if bar.ndim else lowest
+    missing = jax.nn.relu(bars - jnp.take_along_axis(pre, rows[None], axis=0)[0]) / lengths[rows]
+    return moment.all_latents(jnp.sum(jnp.where(is_here & is_dead, missing, 0.0)))
 
 
 def _of_dead(params: SaeParams, is_dead: Bool[Array, " F"], n: int) -> tuple[Bool[Array, " n"], SaeParams]:

@@ -63,7 +63,7 @@ class Recipe:
     @property
     def b2(self) -> float:
         """Return the decay of Adam's second moment, which averages over a tenth of the run and at most 1,000 steps."""
-        return min(0.999, 1 - 10 / max(self.total_steps, 20))
+        return min(0.999, 1 - 10 / max(self.total_steps, 100))
 
     @property
     def settled_step(self) -> int:

@@ -107,7 +107,7 @@ def track(
     decoders: Decoders,
     config: TrackerConfig,
 ) -> Tracks:
-    """Follow each sample's features through L layers; arithmetic in float64.
+    """Follow each sample's features through L layers; the tracks are those of arithmetic in float64.
 
     At layer 0 each feature above `birth_threshold` starts a track. At each later layer the living tracks are matched
     with the features as `config.association` says; a matched track takes the feature as its observation, whatever its
@@ -301,7 +301,8 @@ def _cosines(
     n_most = min(step, len(cos))
     # Fresh pages would cost a third more.
     dtype = np.result_type(*(decoder.vectors.dtype for decoder in window.values()))
-    before, after = (np.empty((n_most, n, d_model), dtype) for n in (width, n_slots))
+    # Zeros, as `_gather` leaves rows of padding whose layer is none of the window's.
+    before, after = np.zeros((n_most, width, d_model), dtype), np.empty((n_most, n_slots, d_model), dtype)
     doubles: tuple[np.ndarray, np.ndarray] | None = None
     # |float32 product - exact| <= D u sum |x y| with u = 2^-24; twice that also covers the scaling.
     error = 2 * d_model * 2.0**-24

@@ -16,8 +16,8 @@ TRACK = [(0, 1), (1, 0)]
 
 
 def test_draw_matched__takes_active_latents_of_like_size_in_the_same_layers():
-    drawn = explain.draw_matched(TRACK, SIZES, draws=200, rng=np.random.default_rng(0))
-    assert len(drawn) == 200
+    drawn = explain.draw_matched(TRACK, SIZES, draws=25, rng=np.random.default_rng(0))
+    assert len({frozenset(pairs) for pairs in drawn}) == len(drawn) == 25  # all there are of five times five
     assert {tuple(layer for layer, _ in pairs) for pairs in drawn} == {(0, 1)}
     # The five nearest in log size, none of them the track's own; silent latents never.
     assert {pairs[0][1] for pairs in drawn} == {2, 3, 4, 5, 8}
@@ -27,7 +27,13 @@ def test_draw_matched__takes_active_latents_of_like_size_in_the_same_layers():
 def test_draw_matched__draws_no_latent_twice():
     sizes = [np.array([3.0, 3.0, 3.0, 3.0])]
     drawn = explain.draw_matched([(0, 0), (0, 1)], sizes, draws=50, rng=np.random.default_rng(0))
-    assert {frozenset(latent for _, latent in pairs) for pairs in drawn} == {frozenset({2, 3})}
+    assert [frozenset(latent for _, latent in pairs) for pairs in drawn] == [frozenset({2, 3})]
+
+
+def test_draw_matched__takes_more_latents_of_like_size_for_a_short_track():
+    drawn = explain.draw_matched([(0, 1)], SIZES, draws=7, rng=np.random.default_rng(0))
+    assert {latent for ((_, latent),) in drawn} == {2, 3, 4, 5, 6, 7, 8}
+    assert len(explain.draw_matched([(0, 1)], SIZES, draws=20, rng=np.random.default_rng(0))) == 7
 
 
 def test_draw_matched__gives_nothing_where_a_layer_has_no_other_active_latent():

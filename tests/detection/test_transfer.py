@@ -71,6 +71,8 @@ def test_transfer_matrix__leaves_out_answers_that_the_training_set_has(sets, con
     row = next(row for row in rows if (row["train"], row["test"]) == ("here", "twin"))
     assert (row["n"], row["n_left_out"]) == (60, 60)
     assert unseen(here, dataclasses.replace(here, questions=tuple(f"new {q}" for q in here.questions))).sum() == 0
+    elsewhere = dataclasses.replace(here, groups=groups, answers=tuple(f"not {text}" for text in here.answers))
+    assert unseen(here, elsewhere).sum() == 0  # a question it has learned from, whatever the answer
 
 
 def test_transfer_matrix__says_none_where_nothing_is_left(sets, config):

@@ -17,6 +17,7 @@ from jaxsae.pipeline import explanation
 
 ASSET = resolve_path("package://jaxsae/assets/demo_gpt2")
 QUICK = {"tracks": 2, "draws": 3}
+LEARNED = "the detector learned from an answer to this prompt: it is surer of it than of a new one"
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,10 @@ def test_fit__learns_the_labels_it_is_given(finished, answers):
     assert not np.array_equal(before, fresh.predict_proba(rows[:4]))
     with pytest.raises(InputError, match="got 90 rows, 3 labels and 90 groups"):
         fresh.fit(rows, [0, 1, 0])
+    with pytest.raises(InputError, match=r"row 2: label 0\.5, expected 1"):
+        fresh.fit(rows[:2], [0, 0.5])
+    with pytest.raises(InputError, match="got no row to learn from"):
+        fresh.fit([], [])
 
 
 def test_tracks__are_those_without_which_the_probability_changes_most(detector, answers):
@@ -157,7 +162,9 @@ def test_deletion__compares_the_ablated_model_with_random_ablations_of_the_same_
     track = score.tracks[0]
     assert latents[0] == []
     assert latents[1] == list(zip(track.layers, track.latents, strict=True))
-    assert len(latents) == 2 + 6
+    draws = track.deletion.draws
+    assert 0 < draws <= 6  # as many as differ
+    assert len({frozenset(pairs) for pairs in latents[2:]}) == len(latents) - 2 == draws
     for pairs in latents[2:]:
         assert [layer for layer, _ in pairs] == list(track.layers)
         assert not set(pairs) & set(latents[1])
@@ -165,7 +172,6 @@ def test_deletion__compares_the_ablated_model_with_random_ablations_of_the_same_
     totals = np.array([sum(answer.logprobs) for answer in again], dtype=np.float64)
     for effect, values in ((track.deletion.probability, probabilities), (track.deletion.logprob, totals)):
         assert effect == explain.compare(values[1] - values[0], values[2:] - values[0])
-    assert track.deletion.draws == 6
     assert probabilities[0] == pytest.approx(score.probability, abs=0.02)
 
 
@@ -198,6 +204,21 @@ def test_earliest_layer__is_where_the_verdict_of_what_is_known_stops_changing(de
     assert len(found) > 1
 
 
+def test_earliest_layer__of_a_detector_that_reads_the_output_alone_is_the_last_whatever_it_says(
+    finished, detector, answers
+):
+    fitted = detection.fit_detector(
+        table_of(finished, answers), dataclasses.replace(detector.protocol, deploy="logprob_mean")
+    )
+    judge, verdicts = dataclasses.replace(detector.judge, fitted=fitted), set()
+    for answer in answers[:25]:
+        reading = judge.read(answer)
+        tables = judge.tabulate(reading.cuts, reading.features)
+        verdicts.add(bool(judge.probabilities(tables)[-1] >= fitted.threshold))
+        assert judge.earliest_layer(tables, reading.features) == judge.lm.n_layers - 1
+    assert verdicts == {False, True}
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -208,20 +229,25 @@ def test_earliest_layer__is_where_the_verdict_of_what_is_known_stops_changing(de
 )
 def test_score__warns_of_answers_unlike_those_learned_from(detector, answers, answer, words):
     score = detector.score(answers[0].prompt, answer, tracks=0)
-    assert len(score.warnings) == 1
-    assert re.match(words, score.warnings[0])
+    first, second = score.warnings
+    assert re.match(words, first)
+    assert second == LEARNED
     assert 0 <= score.probability <= 1
     assert len(score.token_scores) == len(score.tokens)
-    assert not detector.score(answers[0].prompt, answers[0].answer, tracks=0).warnings
+    assert detector.score(answers[0].prompt, answers[0].answer, tracks=0).warnings == (LEARNED,)
+    asked = answers[0].question
+    fresh = answers[0].prompt.replace(asked, f"And {asked}")
+    assert not detector.score(fresh, answers[0].answer, tracks=0).warnings
 
 
 def test_score__warns_of_another_form_of_prompt_and_of_an_unfinished_answer(finished, answers):
     detector = jaxsae.Detector.load(finished.workdir)
     detector.asking = dataclasses.replace(detector.asking, template="Q: {question}\nA:", max_new_tokens=1)
     longest = max(answers, key=lambda answer: len(answer.answer_ids))
-    first, second = detector.score(longest.prompt, tracks=0).warnings
+    first, second, third = detector.score(longest.prompt, tracks=0).warnings
     assert first == "the model did not end its answer within 1 tokens; it is scored as it stands"
     assert second == r"the run's prompts are of the form 'Q: {question}\nA:', this one is not"
+    assert third == LEARNED
     given = detector.score(f"Q: {longest.prompt}\nA:", longest.answer, tracks=0)
     assert not given.warnings
 
@@ -273,9 +299,10 @@ def test_command__prints_a_page_for_a_prompt(finished, detector, answers, capsys
     said = detector.score(answers[7].prompt, **QUICK)
     assert f"prompt       {said.prompt}\nanswer       {said.answer}\n" in page
     assert f"probability  {said.probability:.3f} that it is hallucinated" in page
-    assert page.count("beside 3 random deletions of like size") == 2
+    assert page.count(" random deletions of like size") == 2
     for track in said.tracks:
         assert f"{' > '.join(map(str, track.latents))}: {track.change:+.4f} without it" in page
+        assert f"beside {track.deletion.draws} random deletions" in page
         assert (
             f"{track.deletion.probability.change:+.3f}, random {track.deletion.probability.random_mean:+.3f} " in page
         )

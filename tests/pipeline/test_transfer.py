@@ -84,6 +84,20 @@ def test_transfer__refuses_other_saes_and_tracks_without_controls(finished, othe
     assert_one_line(capsys, r"tracks\.npz has no controls, as an older version wrote it; run jaxsae track --redo")
 
 
+def test_transfer__refuses_runs_tracked_by_other_settings(finished, other, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(other.workdir, copy)
+    path = copy / "manifests" / "track.json"
+    record = json.loads(path.read_text())
+    artifacts.write_json(path, record | {"settings": record["settings"] | {"tracking.top_k": 3}})
+    assert transfer(finished.workdir, copy, f"--out={tmp_path / 'out'}") == 2
+    assert_one_line(capsys, r"copy was tracked with tracking\.top_k=3, .*run with 8; run jaxsae track and detect")
+    path.unlink()
+    assert transfer(finished.workdir, copy, f"--out={tmp_path / 'out'}") == 2
+    assert_one_line(capsys, r"track\.json is missing; run jaxsae track")
+    assert not (tmp_path / "out").exists()
+
+
 def assert_one_line(capsys, words):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("jaxsae: ")

@@ -373,7 +373,10 @@ def test_step__compiled__sends_candidates_and_reconstructions_along_latent(archi
         elif ("f32", (b, D)) in shapes:
             assert set(shapes) <= {("f32", (b, D)), ("f32", ())}  # beside it the penalty
             expected, name = "latent", "recon"
-        elif shapes == [("f32", (D,))]:
+        elif sorted(devices) == groups["data"] and shapes in ([("f32", (f,))], [("f32", (D // 2,))]):
+            name = "nearest"  # how near each dead latent is to what it has to reach, of few of them or of many
+        elif ("f32", (D,)) in shapes:
+            assert set(shapes) <= {("f32", (D,)), ("f32", ())}  # beside it what dead latents lack
             expected, name = "latent", "b_dec"
         elif set(shapes) == {("f32", (local,))}:  # squared norm for clipping, dead and active latents
             expected, name = "latent", "numbers"
@@ -382,14 +385,17 @@ def test_step__compiled__sends_candidates_and_reconstructions_along_latent(archi
         elif shapes[0][0] == "s32":
             assert np.prod(shapes[0][1]) <= 15
             expected, name = "both", "counts"
+        elif shapes == [("f32", (b,))]:  # the bar that dead latents have to reach
+            expected, name = "latent", "bar"
         else:
-            assert shapes == [("f32", ())]  # the leftover's energy
-            name = "energy"
+            assert shapes == [("f32", ())]  # the leftover's energy, and what dead latents lack
+            expected, name = ("latent", "lack") if sorted(devices) == groups["latent"] else ("data", "energy")
         assert sorted(devices) == groups[expected], (name, devices)
         counts[name] += 1
-    beside = {"gradients": 1, "numbers": 1, "energy": counts["energy"]}
+    of_dead = ("energy", "nearest", "lack", "bar")
+    beside = {"gradients": 1, "numbers": 1} | {name: counts[name] for name in of_dead}
     assert dict(counts) == {name: n for name, n in (ALONG_LATENT[architecture, compute] | beside).items() if n}
-    assert counts["energy"] <= 2
+    assert all(counts[name] <= 2 for name in of_dead)  # of few dead latents and of many
 
 
 @pytest.mark.parametrize("axis", ["layer", "latent"])
@@ -498,16 +504,19 @@ def test_step__metrics__are_those_of_the_batch_in_residual_units():
         assert metrics["l0"][layer] == kept.sum() / B
 
 
-def test_init__scales_each_layer_to_squared_norm_d__and_starts_at_the_mean():
+def test_init__scales_each_layer_to_squared_norm_d__and_starts_in_the_bulk():
     recipe = make("topk")
     sample = rows(50, 99)
     state = jax.device_get(init_state(recipe, sample, seed=7))
     scaled = sample * state.scale[:, None, None]
     np.testing.assert_allclose((scaled**2).sum(axis=-1).mean(axis=-1), D, rtol=1e-5)
-    np.testing.assert_allclose(state.params.b_dec, scaled.mean(axis=1), atol=1e-5)
+    for own, b_dec in zip(scaled.astype(np.float64), state.params.b_dec, strict=True):
+        away = own - b_dec  # the sum of distances is least where the directions to the rows cancel
+        pull = (away / np.linalg.norm(away, axis=-1, keepdims=True)).mean(axis=0)
+        assert np.linalg.norm(pull) < 1e-4
     np.testing.assert_allclose(state.variance, scaled.var(axis=1).sum(axis=-1), rtol=1e-5)
     np.testing.assert_array_equal(state.params.W_enc, state.params.W_dec.swapaxes(-1, -2))
-    np.testing.assert_allclose(np.linalg.norm(state.params.W_dec, axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(state.params.W_dec, axis=-1), 0.3, atol=1e-6)
     assert len(np.unique(state.params.W_dec)) > L * F * D * 0.99
 
 

@@ -158,7 +158,7 @@ def test_train__keeps_each_layer_at_its_own_best_step(tmp_path):
     _, evaluations, _ = run(trainer)
     fvu = np.stack([numbers["fvu"] for numbers in evaluations.values()])
     best_step = np.array(list(evaluations))[fvu.argmin(axis=0)]
-    assert best_step[0] == 8
+    assert best_step[0] < TOTAL
     assert best_step[1] == TOTAL
     np.testing.assert_array_equal(trainer.state.best_step[:L], best_step)
     best, last = (sae.load(tmp_path / "saes", which=which) for which in ("best", "last"))
