@@ -310,7 +310,7 @@ def test_language_model_loss__leaves_position_0_and_bos_as_they_are__and_replace
     for index, (layer, given) in enumerate(lm.given):
         start = 0 if index < 9 else 2
         kept = (np.arange(T) > 0) & (CONTEXTS[start : start + 2] != BOS)
-        np.testing.assert_array_equal(given[~kept], own[index][~kept])
+        np.testing.assert_allclose(given[~kept], own[index][~kept], rtol=2e-6)  # two programs round for themselves
         replacement = (
             evaluate.reconstruct(suite.layer(layer), own[index]),
             0 * given,
