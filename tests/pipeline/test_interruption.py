@@ -23,6 +23,9 @@ EXIT_CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGUS
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = 120  # seconds until a moment must have come
 
+# The first test waits for a whole run and for another that is stopped eleven times.
+pytestmark = pytest.mark.timeout(900)
+
 
 def n_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
