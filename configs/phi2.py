@@ -28,6 +28,7 @@ def get_config():
     config.train.batch = 64
     config.train.epochs = 20.0
     config.train.lr = 1e-4
+    config.train.optimizer = "adam"
     config.train.schedule = "cosine"
     config.train.clip_norm = 1.0
     config.train.unit_decoder_every = 100

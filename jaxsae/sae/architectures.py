@@ -43,7 +43,7 @@ from jaxsae.sae.selection import (
 )
 
 Loss = tuple[Float[Array, ""], Seen]
-ROW_LENGTH = 0.3  # of decoder rows at the start: short ones turn faster, and lengthen as they learn
+ROW_LENGTH = 0.5  # of decoder rows at the start: short ones turn faster, and lengthen as they learn
 PULL = 50.0  # an L1 penalty's largest weight where it aims at k, |x|^2 being D; published ones are 1 to 20
 SQUARE = 4.0  # weight of (L0 / k - 1)^2; with 1 more latents die on the demo's activations
 _TANH_SCALE, _PRE_ACT_WEIGHT = 4.0, 3e-6  # both published

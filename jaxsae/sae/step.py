@@ -28,7 +28,7 @@ from jaxsae.sae.autoencoder import AnyArray, SaeParams, unit_rows, with_unit_row
 from jaxsae.sae.losses import Moment, Seen, aux_loss
 from jaxsae.sae.suite import SaeSuite, fold_scale
 
-_MOMENTUM = {"adam": 0.9, "signum": 0.95}  # sparsify's for Signum
+_MOMENTUM = {"nadam": 0.9, "adam": 0.9, "signum": 0.95}  # sparsify's for Signum
 METRICS = ("loss", "mse", "fvu", "l0", "dead")  # of a step, one number a layer
 THRESHOLD_DECAY = 0.999  # of BatchTopK's threshold at inference, an exponential average
 _CENTRE_ROWS, _MEDIAN_ROUNDS = 4096, 30  # more of either move b_dec by less than a hundredth of the rows' spread
@@ -189,7 +189,7 @@ def _bound_norm(max_norm: float | None, latent_axis: str | None) -> optax.Gradie
 def _scaling(recipe: Recipe, momentum: float) -> tuple[optax.GradientTransformation, ...]:
     if recipe.train.optimizer == "signum":
         return optax.ema(momentum, debias=False), optax.scale_by_sign()
-    return (optax.scale_by_adam(b1=momentum, b2=recipe.b2),)
+    return (optax.scale_by_adam(b1=momentum, b2=recipe.b2, nesterov=recipe.train.optimizer == "nadam"),)
 
 
 def make_schedule(recipe: Recipe) -> optax.Schedule:

@@ -59,6 +59,20 @@ def test_signum__moves_by_the_sign_of_the_mean_gradient():
     np.testing.assert_allclose(take_steps(recipe, state, 6).params.W_enc, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "nadam"])
+def test_adam__is_kingmas__and_nadam_looks_one_step_ahead_of_its_mean(optimizer):
+    recipe = recipe_of(optimizer, "linear")
+    state, b1, b2 = start(recipe), 0.9, recipe.b2
+    expected, mean, square = np.array(state.params.W_enc), 0.0, 0.0
+    for step, rate in enumerate(rates(6), 1):
+        gradient = np.asarray(gradients(state.params, step - 1).W_enc)
+        mean, square = b1 * mean + (1 - b1) * gradient, b2 * square + (1 - b2) * gradient**2
+        ahead = b1 * mean / (1 - b1 ** (step + 1)) + (1 - b1) * gradient / (1 - b1**step)
+        direction = ahead if optimizer == "nadam" else mean / (1 - b1**step)
+        expected -= rate * direction / (np.sqrt(square / (1 - b2**step)) + 1e-8)
+    np.testing.assert_allclose(take_steps(recipe, state, 6).params.W_enc, expected, atol=2e-6)
+
+
 def defazio(state, n, base, momentum, b2):
     """Return y and x after n steps: z by the base optimizer, x its average weighted with lr^2, y between them."""
     y = x = z = np.array(state.params.W_enc)
@@ -76,7 +90,7 @@ def defazio(state, n, base, momentum, b2):
     return y, x
 
 
-@pytest.mark.parametrize(("optimizer", "momentum"), [("adam", 0.9), ("signum", 0.95)])
+@pytest.mark.parametrize(("optimizer", "momentum"), [("adam", 0.9), ("nadam", 0.9), ("signum", 0.95)])
 def test_schedule_free__is_defazios__and_evaluates_the_average(optimizer, momentum):
     recipe = recipe_of(optimizer, "schedule_free")
     begin = start(recipe)

@@ -195,7 +195,7 @@ def separate_run(recipe, states):
     """Train one SAE after another as anybody would: a plain loop and an optimizer each, no stack and no mesh."""
     is_centred = recipe.sae.architecture != "jumprelu_l1"
     optimizer = optax.chain(
-        optax.clip_by_global_norm(recipe.train.clip_norm), optax.adam(make_schedule(recipe), b1=0.9, b2=recipe.b2)
+        optax.clip_by_global_norm(recipe.train.clip_norm), optax.nadam(make_schedule(recipe), b1=0.9, b2=recipe.b2)
     )
 
     @jax.jit
@@ -516,7 +516,7 @@ def test_init__scales_each_layer_to_squared_norm_d__and_starts_in_the_bulk():
         assert np.linalg.norm(pull) < 1e-4
     np.testing.assert_allclose(state.variance, scaled.var(axis=1).sum(axis=-1), rtol=1e-5)
     np.testing.assert_array_equal(state.params.W_enc, state.params.W_dec.swapaxes(-1, -2))
-    np.testing.assert_allclose(np.linalg.norm(state.params.W_dec, axis=-1), 0.3, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(state.params.W_dec, axis=-1), 0.5, atol=1e-6)
     assert len(np.unique(state.params.W_dec)) > L * F * D * 0.99
 
 
