@@ -183,7 +183,7 @@ class Sparsify:
         )
         self._sequences, self._step = Sequences(task.order), 0
         with quiet():
-            self.trainer = _SparsifyTrainer(config, self._sequences, RowModel(task.acts))
+            self.trainer = SparsifyTrainer(config, self._sequences, RowModel(task.acts))
 
     def advance(self, n_steps: int) -> None:
         """Take the next steps."""
@@ -204,7 +204,9 @@ class Sparsify:
             optimizer.train()
 
 
-class _SparsifyTrainer(sparsify.Trainer):
+class SparsifyTrainer(sparsify.Trainer):
+    """sparsify's trainer without checkpoints."""
+
     def save(self) -> None:
         """Save nothing at the end of `fit`: a checkpoint is no part of a step."""
 
