@@ -57,8 +57,9 @@ def test_logits_are_transformers(smollm2, smollm2_reference):
     np.testing.assert_allclose(smollm2.logits(ids), expected, atol=1e-3)
 
 
-def test_load__split_over_devices_holds_little_more_than_the_weights(measure_peak):
-    found = measure_peak(SMOLLM2, "split")
+@pytest.mark.parametrize("sharding", ["replicated", "split"])
+def test_load__holds_little_more_than_the_weights(measure_peak, sharding):
+    found = measure_peak(SMOLLM2, sharding)
     assert found["held"] > 530e6
     assert found["peak"] <= found["held"] + 1.2 * found["largest"]
 
