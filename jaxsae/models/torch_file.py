@@ -51,7 +51,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             raise _RefusedError(f"{_kind(stored)} in place of tensors by name")
         return {name: _map(content, members, root, name, tensor) for name, tensor in stored.items()}
     except _RefusedError as error:
-        raise InputError(f"{path} holds {error}, which is not read; {_SAFELY}") from None
+        what = " ".join(str(error).split())
+        raise InputError(f"{path} holds {what}, which is not read; {_SAFELY}") from None
     # A damaged file runs into whatever comes first.
     except (zipfile.BadZipFile, OSError, ValueError, TypeError, LookupError, OverflowError, struct.error) as error:
         reason = " ".join(str(error).split())[:200]
