@@ -102,7 +102,7 @@ def test_continues_as_its_facts_say(smollm2):
 
 
 def test_answers_three_shot_questions_in_the_layout_of_nq_open(smollm2, tmp_path):
-    """On NQ-open itself 26 answers of 512 are right, 5 %."""
+    """On NQ-open itself 28 answers of 600 are right, 5 %."""
     right = {
         "who came up with the theory of relativity": ["Albert Einstein"],
         "what is the chemical symbol for gold": ["Au"],
