@@ -563,7 +563,9 @@ def describe(*sections: str) -> str:
 def _as_json(setting: Any) -> Any:
     if isinstance(setting, tuple):
         return [_as_json(item) for item in setting]
-    return dataclasses.asdict(setting) if dataclasses.is_dataclass(setting) else setting
+    if isinstance(setting, SweepSetting | SweepAxis | SweepRange):
+        return dataclasses.asdict(setting)
+    return setting
 
 
 def _plain(setting: Any) -> Any:
