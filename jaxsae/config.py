@@ -235,10 +235,11 @@ class SweepSetting:
 
 @dataclasses.dataclass(frozen=True)
 class SweepAxis:
-    """The values that a grid or a search gives the field of this dotted name."""
+    """The values that a grid or a search gives the field of this dotted name; `label` is short for it in tables."""
 
     name: str
     values: Sequence[Any]
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +250,7 @@ class SweepRange:
     low: float | int
     high: float | int
     is_log: bool = False
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ from jaxsae.config import SweepAxis, read
 def get_config():
     config = read(Path(__file__).parents[1] / "demo.py")
     config.sweep.axes = (
-        SweepAxis("tracking.top_k", (3, 8)),
-        SweepAxis("tracking.association_threshold", (0.3, 0.5, 0.8)),
-        SweepAxis("tracking.max_missed_layers", (0, 1)),
+        SweepAxis("tracking.top_k", (3, 8), "k"),
+        SweepAxis("tracking.association_threshold", (0.3, 0.5, 0.8), "threshold"),
+        SweepAxis("tracking.max_missed_layers", (0, 1), "missed"),
     )
     config.detection.trees = 50  # twice as fast as the published 100, and as good on 4,800 answers
     return config

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 
 from jaxsae import __version__, artifacts, detection
 from jaxsae.artifacts import Features, InputError
-from jaxsae.config import RunConfig, SweepAxis, SweepRange, SweepSetting
+from jaxsae.config import RunConfig, SweepAxis, SweepRange
 from jaxsae.detection.nesting import quiet_single_threaded_blas
 from jaxsae.detection.splits import check_rows, describe_splits, make_folds
 from jaxsae.detection.steps import Steps
@@ -24,7 +24,7 @@ from jaxsae.detection.sweep import MEASURES, Point, Rows, judge_points, publishe
 from jaxsae.pipeline import stages
 from jaxsae.pipeline.detect import make_tables, write_rows
 from jaxsae.pipeline.points import Sweep
-from jaxsae.pipeline.trials import Search, Trial, listed_trials, make_trial, name_of
+from jaxsae.pipeline.trials import Search, Trial, listed_trials, propose_trial
 from jaxsae.pipeline.workers import Bench, Workers, n_workers
 from jaxsae.progress import Progress, human_seconds
 from jaxsae.report import sweep as page
@@ -89,11 +89,13 @@ def plan(config: RunConfig, workdir: Path, *, config_name: str, redo: bool = Fal
             f"and a search of {config.sweep.trials} settings for each of {n} outer folds, {config.sweep.trials * n} "
             f"different ones at most, over {', '.join(axis.name for axis in config.sweep.axes)}"
         )
-    lines += [
-        f"  {trial.name}: {name_of(trial.changes) or 'the config as it is'}{' (done)' if trial.name in done else ''}"
-        for trial in trials
-    ]
+    lines += [f"  {_outlook(trial)}{' (done)' if trial.name in done else ''}" for trial in trials]
     return [*lines, f"would write {sweep.folder}/report.html, report.md, figures/, results.json, results.csv"]
+
+
+def _outlook(trial: Trial) -> str:
+    changes = ", ".join(f"{name}={value}" for name, value in trial.changes.items())
+    return f"{trial.name}: {changes or 'the config as it is'}"
 
 
 def prepare(config: RunConfig, workdir: Path, config_name: str) -> Sweep:
@@ -129,20 +131,16 @@ def check(sweep: Sweep) -> list[Trial]:
         sweep.protocol_of(trial.config)
     if sweep.config.sweep.trials is not None:
         search = Search(sweep.config.sweep.axes, n_searches=1, seed=sweep.config.seed)
-        _proposed(sweep, search.propose()[0])
+        propose_trial(sweep.config, search.propose()[0], kept=sweep.kept)
         for axis in sweep.config.sweep.axes:
             for value in _ends(axis):
-                _proposed(sweep, {axis.name: value})
+                propose_trial(sweep.config, {axis.name: value}, kept=sweep.kept)
     return trials
 
 
 def _ends(axis: SweepAxis | SweepRange) -> Sequence[Any]:
     """Return the values of an axis, or both ends of a range: if these can be tried, so can all between."""
     return axis.values if isinstance(axis, SweepAxis) else (axis.low, axis.high)
-
-
-def _proposed(sweep: Sweep, changes: dict[str, Any]) -> Trial:
-    return make_trial(sweep.config, SweepSetting(name_of(changes), changes), kept=sweep.kept)
 
 
 def _current(sweep: Sweep) -> dict[str, Any] | None:
@@ -316,7 +314,7 @@ def _search(
     search = Search(sweep.config.sweep.axes, n_searches=len(folds), seed=sweep.config.seed)
     with Progress("search", n_rounds, "rounds") as bar:
         for n_done in range(1, n_rounds + 1):
-            proposed = [_proposed(sweep, changes) for changes in search.propose()]
+            proposed = [propose_trial(sweep.config, changes, kept=sweep.kept) for changes in search.propose()]
             for trial in proposed:
                 by_key.setdefault(trial.key, trial)
             proposed = [by_key[trial.key] for trial in proposed]

@@ -97,7 +97,7 @@ def listed_trials(config: RunConfig, *, kept: Mapping[str, Any]) -> list[Trial]:
         axes = [axis for axis in config.sweep.axes if isinstance(axis, SweepAxis)]
         for values in itertools.product(*(axis.values for axis in axes)):
             changes = {axis.name: value for axis, value in zip(axes, values, strict=True)}
-            trial = make_trial(config, SweepSetting(name_of(changes), changes), kept=kept)
+            trial = propose_trial(config, changes, kept=kept)
             by_key.setdefault(trial.key, trial)
     if not by_key and config.sweep.trials is None:
         raise InputError("the config sweeps nothing; name settings in sweep.settings or axes in sweep.axes")
@@ -125,9 +125,15 @@ def check_axes(config: RunConfig) -> None:
         raise InputError(f"sweep.trials is {config.sweep.trials} and sweep.axes is empty; say what the search varies")
 
 
-def name_of(changes: Mapping[str, Any]) -> str:
-    """Return a name that says what is changed: "top_k=4, association_threshold=0.4"."""
-    return ", ".join(f"{name.partition('.')[2]}={value}" for name, value in changes.items())
+def propose_trial(config: RunConfig, changes: Mapping[str, Any], *, kept: Mapping[str, Any]) -> Trial:
+    """Return the trial of a point of the axes, named by them: "top_k=4, gate=after"; raises as `make_trial` does."""
+    labels = {axis.name: axis.label for axis in config.sweep.axes}
+    return make_trial(config, SweepSetting(name_of(changes, labels), changes), kept=kept)
+
+
+def name_of(changes: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Return what is changed, by label or by the field's name without its section."""
+    return ", ".join(f"{labels.get(name) or name.partition('.')[2]}={value}" for name, value in changes.items())
 
 
 class Search:

@@ -26,13 +26,14 @@ from jaxsae.report.markup import (
     render_html,
     render_markdown,
 )
-from jaxsae.report.tables import ABSENT, SUMMARY_WIDTH, clip, count, duration, interval, known, number, signed
+from jaxsae.report.tables import ABSENT, SUMMARY_WIDTH, count, duration, interval, known, number, signed
 
 Sweep = Mapping[str, Any]
 Row = Mapping[str, Any]
 MEASURES = {"auroc": "AUROC", "accuracy": "Accuracy", "f1": "F1"}
 MOST_ROWS = 40  # settings that a table or figure shows; results.csv has all
 _ANY = "any"
+_SEEN = 0.005  # optimism from which on it is called too good: it is never below 0 by much; ours, by convention
 
 
 def write(out: str | os.PathLike, sweep: Sweep) -> list[Path]:
@@ -170,7 +171,7 @@ def _optimism_verdict(sweep: Sweep, choice: Row) -> Verdict:
         f"{measure} {number(naive['value'])}: {signed(optimism['value'])} {interval(optimism, signed)} against the "
         "nested value."
     )
-    if known(optimism["ci_low"]) and optimism["ci_low"] > 0:
+    if known(optimism["ci_low"]) and optimism["ci_low"] > 0 and optimism["value"] >= _SEEN:
         return Verdict("bad", f"{_title(choice)}: the best setting's own number is too good", text)
     return Verdict("open", f"{_title(choice)}: little optimism that shows", text)
 
@@ -271,6 +272,12 @@ def changes(trial: Row) -> str:
     return text if text and text != trial["name"].replace("=", " ") else ABSENT
 
 
+def shorten(name: str, most: int) -> str:
+    """Return a name on one line of at most so many characters; a longer one ends in an ellipsis."""
+    line = clean(name)
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
 def measure(row: Row, name: str) -> Row:
     """Return one measure of a setting's row as a row of its own."""
     return {"value": row[name], "ci_low": row[f"{name}_ci_low"], "ci_high": row[f"{name}_ci_high"]}
@@ -334,7 +341,7 @@ def summary(sweep: Sweep) -> str:
         for row in shown_rows(sweep, detector):
             taken = f"{row['n_chosen']}x" if row["n_chosen"] else ""
             found = (number(row[name]), interval(measure(row, name)), taken)
-            lines.append((clip(clean(row["setting"]), 44), detector, *found))
+            lines.append((shorten(row["setting"], 48), detector, *found))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
         "  ".join(["", *(f"{cell:{side}{width}}" for cell, side, width in zip(row, "<<>>>", widths, strict=True))])

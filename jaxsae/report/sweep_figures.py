@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jaxsae.report.figures import CHANCE, OURS, REFERENCE, REST, STYLE, WIDTH, Chart, to_png, to_svg
-from jaxsae.report.sweep import MEASURES, measure, shown_rows
-from jaxsae.report.tables import clip, interval, known, number, signed
+from jaxsae.report.sweep import MEASURES, measure, shorten, shown_rows
+from jaxsae.report.tables import interval, known, number, signed
 
 NORMAL_95 = 1.96  # half width of a 95 % interval in standard errors
 
@@ -59,7 +59,7 @@ def _settings(sweep: Mapping[str, Any], choice: Mapping[str, Any]) -> tuple[Figu
     if name == "auroc":
         axes.axvline(0.5, color=CHANCE, linestyle=":", linewidth=1)
     axes.set(xlabel=MEASURES[name], ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(range(len(rows)), [clip(row["setting"], 40) for row in rows])
+    axes.set_yticks(range(len(rows)), [shorten(row["setting"], 34) for row in rows])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside upper center", ncols=2)
@@ -72,7 +72,7 @@ def _settings(sweep: Mapping[str, Any], choice: Mapping[str, Any]) -> tuple[Figu
     return figure, alt, caption
 
 
-def _published(axes: Any, place: float, published: Mapping[str, Any] | None) -> None:
+def _published(axes: Any, place: int, published: Mapping[str, Any] | None) -> None:
     """Draw what others reported, a little below the row."""
     if published is None:
         return
@@ -103,7 +103,7 @@ def _choices(sweep: Mapping[str, Any]) -> tuple[Figure, str, str]:
     names = ["any of them" if choice["detector"] == "any" else choice["detector"] for choice in choices]
     axes.set_yticks(
         range(len(choices)),
-        [f"{clip(each, 30)}\n{choice['n_candidates']} tried" for each, choice in zip(names, choices, strict=True)],
+        [f"{shorten(each, 30)}\n{choice['n_candidates']} tried" for each, choice in zip(names, choices, strict=True)],
     )
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)

@@ -199,7 +199,7 @@ def test_search__goes_where_values_are_high_and_proposes_numbers_that_can_be_rea
         assert 1 <= changes[TOP_K] <= 8
         assert 0.1 <= changes[THRESHOLD] <= 1
         assert len(str(changes[THRESHOLD]).replace("0.", "").strip("0")) <= 4
-    assert name_of(found[0]).startswith("gate=")
+    assert name_of(found[0], {TOP_K: "k"}).startswith(f"gate={found[0][GATE]}, k={found[0][TOP_K]}, association_thr")
 
 
 def test_axes__of_a_search_may_be_ranges():
