@@ -489,6 +489,7 @@ def resolve(config: Any) -> RunConfig:
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"get_config() returned {type(config).__name__}, expected jaxsae.config.defaults(), changed")
     _check_fields(config)
+    _check_sweep(config.sweep)
     sections: dict[str, Any] = {
         name: section(**{key: _plain(setting) for key, setting in config[name].items()})
         for name, section in SECTIONS.items()
@@ -512,7 +513,7 @@ def change(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         expected = typing.get_type_hints(SECTIONS[section])[field]
         if not _is_of_type(setting, expected):
             raise InputError(f"{name} is {setting!r}, expected {_type_name(expected)}")
-        sections.setdefault(section, {})[field] = _plain(setting)
+        sections.setdefault(section, {})[field] = _as_type(setting, expected)
     changed = {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in sections.items()}
     outcome = dataclasses.replace(config, **changed)
     _check(outcome)
@@ -529,6 +530,14 @@ def _is_of_type(setting: Any, expected: Any) -> bool:
     if isinstance(setting, bool):
         return expected is bool
     return isinstance(setting, (int, float) if expected is float else expected)
+
+
+def _as_type(setting: Any, expected: Any) -> Any:
+    """Return a list as a tuple, and a whole number as a float where the field holds floats."""
+    if isinstance(setting, list | tuple):
+        return tuple(_as_type(item, typing.get_args(expected)[0]) for item in setting)
+    kinds = typing.get_args(expected) or (expected,)
+    return float(setting) if type(setting) is int and float in kinds and int not in kinds else setting
 
 
 def _type_name(expected: Any) -> str:
@@ -627,7 +636,6 @@ def _check(config: RunConfig) -> None:
             f"tracking.top_k is {config.tracking.top_k} but features.keep is {config.features.keep}; "
             "keep at least as many latents as are tracked"
         )
-    _check_sweep(config.sweep)
     unknown = [name for name in config.features.positions if name not in _POSITIONS]
     if unknown or not config.features.positions:
         raise InputError(
@@ -640,9 +648,10 @@ def _check(config: RunConfig) -> None:
         )
 
 
-def _check_sweep(sweep: SweepConfig) -> None:
+def _check_sweep(sweep: Any) -> None:
+    """Check what the types of a ConfigDict do not say, before it is frozen."""
     for field, kinds in {"settings": (SweepSetting,), "axes": (SweepAxis, SweepRange)}.items():
-        for item in getattr(sweep, field):
+        for item in sweep[field]:
             if not isinstance(item, kinds):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
                 raise InputError(f"sweep.{field} holds {item!r}, expected {wanted} (jaxsae.config), in a config file")

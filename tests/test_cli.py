@@ -172,8 +172,8 @@ def test_help__of_score_names_its_flags(capsys):
     assert named == ["workdir", "prompt", "answer", "file", "out", "tracks", "draws", "model"]
 
 
-def test_commands__are_run_the_stages_plan_and_exchange():
-    assert list(cli.COMMANDS) == ["run", *STAGES, "plan", "audit", "score", "transfer", "export", "import"]
+def test_commands__are_run_the_stages_sweep_plan_and_exchange():
+    assert list(cli.COMMANDS) == ["run", *STAGES, "sweep", "plan", "audit", "score", "transfer", "export", "import"]
 
 
 def test_help__answers_within_a_second_and_loads_nothing_heavy():

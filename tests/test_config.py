@@ -249,7 +249,7 @@ def test_change__gives_fields_other_values_and_leaves_the_rest():
     assert {name for name in plain.flat() if plain.flat()[name] != changed.flat()[name]} == {
         *("tracking.top_k", "detection.probe_c", "tracking.birth_threshold")
     }
-    assert changed.detection.probe_c == (1, 0.5)
+    assert repr(changed.detection.probe_c) == "(1.0, 0.5)"  # as if 1.0 had been written: settings are told by them
     assert settings.change(plain, {"train.lr": None}).train.lr is None
 
 
