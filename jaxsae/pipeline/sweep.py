@@ -24,7 +24,7 @@ from jaxsae.detection.sweep import MEASURES, Point, Rows, judge_points, publishe
 from jaxsae.pipeline import stages
 from jaxsae.pipeline.detect import make_tables, write_rows
 from jaxsae.pipeline.points import Sweep
-from jaxsae.pipeline.trials import Search, Trial, listed_trials, propose_trial
+from jaxsae.pipeline.trials import Search, Trial, label_of, listed_trials, propose_trial
 from jaxsae.pipeline.workers import Bench, Workers, n_workers
 from jaxsae.progress import Progress, human_seconds
 from jaxsae.report import sweep as page
@@ -236,7 +236,13 @@ def _judge(
         "metric": sweeping.metric,
         "detectors": list(sweeping.detectors),
         "protocol": {name: getattr(protocol, name) for name in ("folds", "repeats", "inner", "bootstrap", "seed")},
-        "search": None if sweeping.trials is None else _describe_search(sweep),
+        "axes": [
+            {"name": axis.name, "label": label_of(axis.name, {axis.name: axis.label}), "values": list(_ends(axis))}
+            for axis in sweeping.axes
+        ],
+        "search": None
+        if sweeping.trials is None
+        else {"trials": sweeping.trials, "searches": protocol.folds * protocol.repeats},
         "counts": {
             "rows": len(rows.labels),
             "groups": int(rows.group.max()) + 1,
@@ -261,17 +267,12 @@ def _describe(trial: Trial, published_rows: int | None) -> dict[str, Any]:
     return {
         "name": trial.name,
         "changes": dict(trial.changes),
+        "is_named": trial.is_named,
         "is_reconstructed": trial.is_reconstructed,
         "published": {
             name: {"value": value, "standard_error": errors[name]} for name, value in trial.published.items()
         },
     }
-
-
-def _describe_search(sweep: Sweep) -> dict[str, Any]:
-    sweeping, protocol = sweep.config.sweep, sweep.protocol
-    axes = [{"name": axis.name, "values": list(_ends(axis))} for axis in sweeping.axes]
-    return {"trials": sweeping.trials, "searches": protocol.folds * protocol.repeats, "axes": axes}
 
 
 def tidy(content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ class Trial:
     changes: Mapping[str, Any]
     published: Mapping[str, float | int]
     is_reconstructed: bool
+    is_named: bool
 
     @property
     def key(self) -> str:
@@ -42,11 +43,12 @@ class Trial:
         return fingerprint(self.config.select("tracking"))
 
 
-def make_trial(config: RunConfig, setting: SweepSetting, *, kept: Mapping[str, Any]) -> Trial:
+def make_trial(config: RunConfig, setting: SweepSetting, *, kept: Mapping[str, Any], is_named: bool = True) -> Trial:
     """Return the trial of a setting.
 
     Args:
         kept: the run's own features.keep and features.positions, by dotted name.
+        is_named: the user named it; the names of others say what they change.
 
     Raises:
         InputError: the setting changes what no setting may, needs what the run did not keep, or is out of range.
@@ -74,7 +76,7 @@ def make_trial(config: RunConfig, setting: SweepSetting, *, kept: Mapping[str, A
         changed = settings.change(of_run, setting.changes)
     except InputError as error:
         raise InputError(f"setting {setting.name}: {error}") from None
-    return Trial(setting.name, changed, setting.changes, setting.published, setting.is_reconstructed)
+    return Trial(setting.name, changed, setting.changes, setting.published, setting.is_reconstructed, is_named)
 
 
 def listed_trials(config: RunConfig, *, kept: Mapping[str, Any]) -> list[Trial]:
@@ -128,12 +130,17 @@ def check_axes(config: RunConfig) -> None:
 def propose_trial(config: RunConfig, changes: Mapping[str, Any], *, kept: Mapping[str, Any]) -> Trial:
     """Return the trial of a point of the axes, named by them: "top_k=4, gate=after"; raises as `make_trial` does."""
     labels = {axis.name: axis.label for axis in config.sweep.axes}
-    return make_trial(config, SweepSetting(name_of(changes, labels), changes), kept=kept)
+    return make_trial(config, SweepSetting(name_of(changes, labels), changes), kept=kept, is_named=False)
 
 
 def name_of(changes: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """Return what is changed, by label or by the field's name without its section."""
-    return ", ".join(f"{labels.get(name) or name.partition('.')[2]}={value}" for name, value in changes.items())
+    """Return what is changed: "k=4, gate=after"."""
+    return ", ".join(f"{label_of(name, labels)}={value}" for name, value in changes.items())
+
+
+def label_of(name: str, labels: Mapping[str, str]) -> str:
+    """Return a field's label, or its name without its section."""
+    return labels.get(name) or name.partition(".")[2]
 
 
 class Search:

@@ -67,7 +67,7 @@ def document(sweep: Sweep, pictures: Mapping[str, Picture]) -> tuple[Block, ...]
         Heading("What choosing is worth"),
         *([pictures["choices"]] if "choices" in pictures else []),
         _choice_table(sweep),
-        Bullets(tuple((sentence,) for sentence in CHOICE_MEASURES)),
+        Bullets(tuple((sentence,) for sentence in (*CHOICE_MEASURES, to_use(sweep)))),
         Heading("Each setting"),
     ]
     for detector in sweep["detectors"]:
@@ -89,7 +89,6 @@ CHOICE_MEASURES = (
     "Optimism: naive minus nested, on the same resamples. As the pick is made anew in each, the resamples' optimism "
     "has that of a second pick in it, and the interval tends to lie high.",
     "Gain: nested minus the config's own setting, on the same resamples.",
-    "To use: the setting with the best mean over all inner validations; what to expect of it is the nested value.",
 )
 SETTING_MEASURES = (
     "Out of fold, as jaxsae detect measures; 95% intervals over resampled groups with the fits held fixed. Accuracy "
@@ -199,20 +198,22 @@ def overview(sweep: Sweep) -> list[str]:
         f"{count(counts['fits'])} fits, {count(counts['unconverged_fits'])} of them stopped before they had converged; "
         f"{duration(sweep['seconds'])} in the last call.",
     ]
+    axes = "; ".join(f"{axis['name']} ({axis['label']}): {_values(axis['values'])}" for axis in sweep["axes"])
     search = sweep["search"]
     if search is not None:
-        axes = ", ".join(f"{axis['name']} {_values(axis['values'])}" for axis in search["axes"])
         sentences.insert(
             2,
             f"Searched over {axes}: {search['trials']} proposals of Optuna's TPE for each of {search['searches']} "
             "outer folds, each search by its own inner validation alone; a fold's choice is among its own search's "
             "proposals and the named settings, the naive pick among all.",
         )
+    elif axes:
+        sentences.insert(2, f"A grid of {axes}.")
     return sentences
 
 
 def _values(values: Sequence[Any]) -> str:
-    return f"({', '.join(map(str, values))})"
+    return ", ".join(map(str, values))
 
 
 def _choice_table(sweep: Sweep) -> Table:
@@ -227,12 +228,22 @@ def _choice_table(sweep: Sweep) -> Table:
                 f"{number(naive['value'])} {interval(naive)}",
                 f"{signed(choice['optimism']['value'])} {interval(choice['optimism'], signed)}",
                 f"{signed(gain['value'])} {interval(gain, signed)}" if gain is not None else ABSENT,
-                _candidate(choice, choice["to_use"]),
             )
         )
-    header = ("Detector", "Tried", "Nested", "Naive", "Optimism", "Gain", "To use")
+    header = ("Detector", "Tried", "Nested", "Naive", "Optimism", "Gain")
     caption = f"{MEASURES[sweep['metric']]}, with 95% intervals over resampled groups."
-    return Table(header, tuple(rows), "lrrrrrl", caption=caption)
+    return Table(header, tuple(rows), "lrrrrr", caption=caption)
+
+
+def to_use(sweep: Sweep) -> str:
+    """Say which setting to use from here on, for each choice."""
+    named = [f"{choice['to_use']['setting']} for {choice['detector']}" for choice in sweep["choices"]]
+    if len(sweep["choices"]) > 1:
+        named[-1] = f"of all, {_candidate(sweep['choices'][-1], sweep['choices'][-1]['to_use'])}"
+    return (
+        f"To use from here on, as the best mean over all inner validations: {'; '.join(named)}. What to expect of it "
+        "is the nested value."
+    )
 
 
 def shown_rows(sweep: Sweep, detector: str) -> list[Row]:
@@ -246,6 +257,7 @@ def shown_rows(sweep: Sweep, detector: str) -> list[Row]:
 def _setting_table(sweep: Sweep, detector: str) -> Table:
     trials = {trial["name"]: trial for trial in sweep["trials"]}
     n_folds = sweep["protocol"]["folds"] * sweep["protocol"]["repeats"]
+    has_named = any(trial["is_named"] for trial in sweep["trials"])
     shown = shown_rows(sweep, detector)
     rows: list[tuple[Inline, ...]] = []
     for row in shown:
@@ -253,7 +265,7 @@ def _setting_table(sweep: Sweep, detector: str) -> Table:
         rows.append(
             (
                 trial["name"] + (" (reconstructed)" if trial["is_reconstructed"] else ""),
-                changes(trial),
+                *([changes(trial)] if has_named else []),
                 *(f"{number(row[name])} {interval(measure(row, name))}" for name in MEASURES),
                 number(row["inner"]),
                 f"{row['n_chosen']} of {n_folds}",
@@ -262,14 +274,14 @@ def _setting_table(sweep: Sweep, detector: str) -> Table:
     best = max(range(len(shown)), key=lambda place: shown[place]["n_chosen"])
     n = sweep["counts"]["settings"]
     caption = f"The best {len(shown)} of {count(n)}; all are in results.csv." if n > len(shown) else ""
-    header = ("Setting", "What it changes", *MEASURES.values(), "Inner", "Chosen")
-    return Table(header, tuple(rows), "llrrrrr", caption=caption, marked=frozenset({best}))
+    header = ("Setting", *(["What it changes"] if has_named else []), *MEASURES.values(), "Inner", "Chosen")
+    return Table(header, tuple(rows), "l" * (1 + has_named) + "rrrrr", caption=caption, marked=frozenset({best}))
 
 
 def changes(trial: Row) -> str:
-    """Return what a setting changes, without the sections' names; – where the name says it, or nothing is changed."""
+    """Return what a named setting changes, without the sections' names; – for one that its name tells, or for none."""
     text = ", ".join(f"{name.partition('.')[2]} {value}" for name, value in trial["changes"].items())
-    return text if text and text != trial["name"].replace("=", " ") else ABSENT
+    return text if text and trial["is_named"] else ABSENT
 
 
 def shorten(name: str, most: int) -> str:

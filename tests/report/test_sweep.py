@@ -52,7 +52,13 @@ def make_choice(detector, nested=0.51, naive=0.58, gain=0.01, half=0.04):
 def make_sweep(**changes):
     published = {"auroc": {"value": 0.7122, "standard_error": 0.0773}, "f1": {"value": 0.57, "standard_error": None}}
     trials = [
-        {"name": name, "changes": {"tracking.top_k": 3 + place}, "is_reconstructed": name == "strict", "published": {}}
+        {
+            "name": name,
+            "changes": {"tracking.top_k": 3 + place},
+            "is_named": True,
+            "is_reconstructed": name == "strict",
+            "published": {},
+        }
         for place, name in enumerate(NAMES)
     ]
     trials[1]["published"] = published
@@ -64,6 +70,7 @@ def make_sweep(**changes):
         "detectors": list(DETECTORS),
         "protocol": {"folds": 3, "repeats": 1, "inner": "neighbours", "bootstrap": 100, "seed": 0},
         "search": None,
+        "axes": [],
         "counts": {"rows": 90, "groups": 30, "hallucinated": 40, "settings": 3, "fits": 60, "unconverged_fits": 0},
         "reference": "baseline",
         "published_rows": 45,
@@ -158,10 +165,23 @@ def test_page__escapes_names_and_shows_what_was_chosen_how_often(tmp_path):
     assert "<script" not in html
 
 
-def test_page__of_a_search_says_that_each_fold_had_its_own(tmp_path):
-    search = {"trials": 20, "searches": 3, "axes": [{"name": "tracking.top_k", "values": [3, 8]}]}
-    said = " ".join(page.overview(make_sweep(search=search)))
-    assert "Searched over tracking.top_k (3, 8): 20 proposals of Optuna's TPE for each of 3 outer folds" in said
+AXES = [{"name": "tracking.top_k", "label": "k", "values": [3, 8]}]
+
+
+def test_overview__of_a_search_says_that_each_fold_had_its_own():
+    said = " ".join(page.overview(make_sweep(axes=AXES, search={"trials": 20, "searches": 3})))
+    assert "Searched over tracking.top_k (k): 3, 8: 20 proposals of Optuna's TPE for each of 3 outer folds" in said
+
+
+def test_overview__of_a_grid_says_what_its_labels_mean():
+    assert "A grid of tracking.top_k (k): 3, 8." in page.overview(make_sweep(axes=AXES))
+
+
+def test_to_use__names_a_setting_for_each_choice():
+    assert page.to_use(make_sweep()).startswith(
+        "To use from here on, as the best mean over all inner validations: strict for tracks_forest; strict for "
+        "length; of all, tracks_forest with strict."
+    )
 
 
 def test_summary__fits_a_terminal_and_ends_with_the_headline():
@@ -175,7 +195,9 @@ def test_summary__fits_a_terminal_and_ends_with_the_headline():
 def test_tables__of_many_settings_show_the_best_and_say_so():
     names = [f"s{place:03}" for place in range(page.MOST_ROWS + 5)]
     rows = [make_setting(name, "length", 0.5 + 0.001 * place, 1) for place, name in enumerate(names)]
-    trials = [{"name": name, "changes": {}, "is_reconstructed": False, "published": {}} for name in names]
+    trials = [
+        {"name": name, "changes": {}, "is_named": False, "is_reconstructed": False, "published": {}} for name in names
+    ]
     counts = make_sweep()["counts"] | {"settings": len(names)}
     sweep = make_sweep(settings=rows, trials=trials, detectors=["length"], counts=counts)
     shown = page.shown_rows(sweep, "length")
