@@ -184,9 +184,9 @@ def _make(sweep: Sweep, trials: list[Trial], command_line: str) -> dict[str, Any
             trials, points, allowed = _search(sweep, trials, points, workers, rows)
     content = _judge(sweep, trials, points, rows, allowed)
     content |= {"splits": splits, "command": command_line, "seconds": round(time.monotonic() - started, 3)}
-    artifacts.write_json(sweep.folder / "results.json", content)
     write_rows(sweep.folder / "results.csv", tidy(content))
     page.write(sweep.folder, content)
+    artifacts.write_json(sweep.folder / "results.json", content)  # last: what it is of, all the others are
     for stale in set((sweep.folder / "points").iterdir()) - {sweep.path(trial) for trial in trials}:
         stale.unlink()
     logging.info("sweep: done in %s, %d settings", human_seconds(content["seconds"]), len(trials))
