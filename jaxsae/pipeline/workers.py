@@ -63,7 +63,7 @@ class Bench:
 class Workers:
     """Processes that try settings, or this one alone; what a setting gives depends on neither number nor order.
 
-    Processes and not threads: tracking holds Python's lock for much of its time.
+    Processes and not threads, which were as fast: a process can be ended in the middle of a forest.
     """
 
     def __init__(self, sweep: Sweep, bench: Bench | None, n_workers: int) -> None:
