@@ -19,7 +19,10 @@ from jaxsae.pipeline.sweep import tidy
 
 ROOT = Path(__file__).parents[2]
 DETECTORS = ("tracks_forest", "tracks_logistic", "tracks_shuffled", "stack_tracks")
-PATIENCE = 120  # seconds until a moment must have come
+PATIENCE = 240  # seconds until a moment must have come
+
+# The first test waits for a whole run, another starts three processes that start two each.
+pytestmark = pytest.mark.timeout(900)
 
 
 HEAD = """\
@@ -289,13 +292,11 @@ def members(session):
     return [line.split()[0] for line in listed.splitlines() if not line.split()[1].startswith("Z")]
 
 
-@pytest.mark.timeout(600)
 def test_sweep__that_is_killed_or_interrupted_leaves_no_process_and_goes_on(
     finished, swept, grid, environment, tmp_path
 ):
     run = finished.copy(tmp_path / "run")
     points = run.workdir / "sweep" / "grid" / "points"
-    # Slow enough to be stopped in the middle: more trees than it is compared with would be another sweep.
     for number, code, group in ((signal.SIGKILL, -9, False), (signal.SIGTERM, 143, False), (signal.SIGINT, 130, True)):
         n_points = len(list(points.iterdir())) if points.exists() else 0
         with start(run, grid, tmp_path / "stderr.txt", environment, sweep__workers=2) as process:
