@@ -4,7 +4,7 @@ A candidate is a detector under one setting. For each outer fold the candidate o
 scores of the fold's rows are kept: no row's label had a say in the choice that scores it. Beside this stands what one
 reports who picks the best candidate by the very rows that it is judged on; the difference is the optimism.
 
-Folds of different settings of one detector are ranked together by its raw scores, as `evaluate` ranks those of different
+Folds of different settings of one detector are ranked together by raw scores, as `evaluate` ranks those of different
 layers and penalties; folds of different detectors, whose scores have different units, by calibrated probabilities.
 """
 
