@@ -130,11 +130,10 @@ def check(sweep: Sweep) -> list[Trial]:
     for trial in trials:
         sweep.protocol_of(trial.config)
     if sweep.config.sweep.trials is not None:
-        search = Search(sweep.config.sweep.axes, n_searches=1, seed=sweep.config.seed)
-        propose_trial(sweep.config, search.propose()[0], kept=sweep.kept)
         for axis in sweep.config.sweep.axes:
             for value in _ends(axis):
                 propose_trial(sweep.config, {axis.name: value}, kept=sweep.kept)
+        Search(sweep.config.sweep.axes, n_searches=1, seed=sweep.config.seed)  # asks for Optuna
     return trials
 
 

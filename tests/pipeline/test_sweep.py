@@ -234,7 +234,7 @@ def test_sweep__after_the_answers_changed_asks_for_track(swept, grid, tmp_path, 
         (
             "sweep.axes = (SweepRange('tracking.top_k', 2, 20),); sweep.trials = 3",
             {},
-            "needs Optuna|setting top_k=20 tracks 20 latents a layer .*, the run kept 8",
+            "setting top_k=20 tracks 20 latents a layer .*, the run kept 8",
         ),
     ],
 )
