@@ -19,6 +19,7 @@ COMMANDS = {
     "track": "answers -> SAE features and their tracks through the layers, features.npz and tracks.npz",
     "detect": "features and tracks -> detectors of hallucinated answers beside baselines, metrics.json",
     "evaluate": "everything measured -> report.md, report.html and figures/",
+    "sweep": "many settings of tracking and detection on a run's features, chosen inside validation, one page",
     "plan": "time, memory and disk of each stage, before anything runs; reads no weights",
     "audit": "any benchmark's labelled answers -> what gives the labels away without a model, one page",
     "score": "a prompt and its answer -> how likely the answer is hallucinated, which tokens and tracks say so",
@@ -33,6 +34,7 @@ _SECTIONS = {
     "track": ("model", "features", "tracking"),
     "detect": ("detection", "seed"),
     "evaluate": ("report",),
+    "sweep": ("sweep", "tracking", "detection", "seed"),
 }
 _USAGE = "jaxsae COMMAND --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]"
 _FLAGS = """\
@@ -42,6 +44,26 @@ _FLAGS = """\
   --dry-run                     say what would run and why, change nothing
   --redo                        remove this stage's earlier outcome and run it again
   --verbosity=-1..1             warnings only, progress (default), debugging"""
+_SWEEP_FLAGS = """\
+  --config=FILE                 what to try (section sweep) and the config it changes; configs/sweeps/ holds some
+  --config.SECTION.FIELD=VALUE  change one of its fields; =none unsets a field that may be unset
+  --workdir=DIR                 a run after jaxsae track; gets sweep/NAME/: report.html, report.md, figures/,
+                                results.json, results.csv, points/
+  --dry-run                     say what would be tried and what is done, change nothing
+  --redo                        remove the sweep's earlier outcome and run it again
+  --verbosity=-1..1             warnings only, progress (default), debugging
+
+Each setting goes from the kept features (no language model, no SAE is run) through tracks to detectors, all on the same
+grouped folds. For each outer fold one is chosen by inner validation alone, which gives the number to report; the page
+shows what picking the best setting by the test rows would have said, and the difference, the optimism. A config names
+settings, or axes for a grid, or axes and trials for a search (launch/install sweep):
+
+  config.sweep.settings = (SweepSetting("strict", {"tracking.association_threshold": 0.4}), ...)
+  config.sweep.axes = (SweepAxis("tracking.top_k", (4, 8)), SweepAxis("tracking.gate", ("before", "after")))
+  config.sweep.axes, config.sweep.trials = (SweepRange("tracking.association_threshold", 0.1, 1.0),), 30
+
+A setting is a file of its own: a killed sweep goes on with the same command. A setting may track at most
+features.keep latents; run jaxsae track with a larger one first."""
 _HYPHENATED = {"--dry-run": "--dry_run", "--device-memory": "--device_memory"}
 _PLAN_FLAGS = """\
   --config=FILE                 the run's settings; configs/ holds those that are shipped
@@ -151,7 +173,7 @@ def help_text(command: str | None = None) -> str:
     from jaxsae.config import describe
 
     sections = _SECTIONS.get(command) or tuple(dict.fromkeys(s for names in _SECTIONS.values() for s in names))
-    flags = _PLAN_FLAGS if command == "plan" else _FLAGS
+    flags = {"plan": _PLAN_FLAGS, "sweep": _SWEEP_FLAGS}.get(command, _FLAGS)
     return "\n".join([f"jaxsae {command}: {COMMANDS[command]}", "", flags, "", describe(*sections)])
 
 
@@ -195,6 +217,8 @@ def _command(argv: list[str]) -> int:
     if names[0] == "plan":
         return _plan(config, flag_values)
     config_name = Path(settings.config_file(flag_values)).stem
+    if names[0] == "sweep":
+        return _sweep(config, flag_values, config_name, shlex.join(["jaxsae", *argv[1:]]))
     execute = _dry_run if flag_values.dry_run else _execute
     return execute(
         names[0], config, Path(flag_values.workdir), config_name, shlex.join(["jaxsae", *argv[1:]]), flag_values.redo
@@ -225,6 +249,16 @@ def _dry_run(command: str, config, workdir: Path, config_name: str, command_line
 
     print("\n".join(runs.plan(command, config, workdir, redo=redo)))
     return 0
+
+
+def _sweep(config, flag_values, config_name: str, command_line: str) -> int:
+    from jaxsae.pipeline import sweep
+
+    workdir, redo = Path(flag_values.workdir), flag_values.redo
+    if flag_values.dry_run:
+        print("\n".join(sweep.plan(config, workdir, config_name=config_name, redo=redo)))
+        return 0
+    return sweep.run(config, workdir, config_name=config_name, command_line=command_line, redo=redo)
 
 
 def _plan(config, flag_values) -> int:

@@ -2,11 +2,12 @@
 
 A config file (`configs/NAME.py`) calls `defaults()`, changes what differs and returns it from `get_config()`. The
 command line overrides single fields (`--config.train.lr=1e-4`). `resolve` checks the outcome and freezes it into a
-`RunConfig`; nothing beyond this file sees a ConfigDict.
+`RunConfig`; nothing beyond this file sees a ConfigDict. `change` gives a frozen one other values, as a sweep does.
 """
 
 import dataclasses
 import difflib
+import runpy
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -207,6 +208,72 @@ class DetectionConfig:
     repeats: int = _field(3, "times it is repeated with another split")
     bootstrap: int = _field(2000, "resamples of groups behind every interval, permutations behind every p-value")
     curves: bool = _field(True, "measure some detectors with fewer and with wrong labels, too")
+    trees: int = _field(100, "of a random forest; as many as in the published run")
+    sae_position: str = _field("max", "the kept position whose latents SAE detectors read, or max over all of them")
+    sae_penalty: float = _field(0.5, "their L1 penalty, as a fraction of the universal threshold")
+    probe_c: tuple[float, ...] = _field(
+        (0.001, 0.03), "inverse L2 penalties of residual probes; inner validation chooses"
+    )
+    threshold: str = _field("youden", "what the decision threshold makes largest: youden, f1 or accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSetting:
+    """A named setting that a sweep tries.
+
+    Attributes:
+        name: how tables and messages call it.
+        changes: fields of `tracking` and `detection` that differ from the run's, by dotted name.
+        published: what others reported for it, any of auroc, accuracy and f1.
+        is_reconstructed: they did not publish what they had set; the changes are our guess.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    is_reconstructed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepAxis:
+    """The values that a grid or a search gives the field of this dotted name; `label` is short for it in tables."""
+
+    name: str
+    values: Sequence[Any]
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRange:
+    """The numbers that a search gives the field of this dotted name: from low to high, whole where both are."""
+
+    name: str
+    low: float | int
+    high: float | int
+    is_log: bool = False
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """What `jaxsae sweep` tries on a run's features; settings and axes stand in config files (configs/sweeps/)."""
+
+    name: str = _field("", "the outcome's folder, DIR/sweep/NAME; empty: the config file's name")
+    settings: tuple[SweepSetting, ...] = _field((), "SweepSetting(name, changes): named settings")
+    axes: tuple[SweepAxis | SweepRange, ...] = _field(
+        (), "SweepAxis(field, values): what a grid combines or a search varies; SweepRange(field, low, high): searches"
+    )
+    trials: int | None = _field(
+        None, "settings that a search (Optuna's TPE) tries for each outer fold; unset: all combinations of the axes"
+    )
+    metric: str = _field("auroc", "what inner validation chooses by: auroc, accuracy or f1")
+    detectors: tuple[str, ...] = _field(
+        ("tracks_forest", "tracks_logistic"), "those that are fitted with every setting, as metrics.json names them"
+    )
+    workers: int | None = _field(
+        None, "processes, each with the run's features in memory; unset: one per core; no number depends on it"
+    )
+    published_rows: int | None = _field(None, "test rows behind the published numbers, for their standard error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +297,7 @@ class RunConfig:
     features: FeaturesConfig
     tracking: TrackingConfig
     detection: DetectionConfig
+    sweep: SweepConfig
     report: ReportConfig
     seed: int = _field(0, "of everything random in the run")
 
@@ -240,7 +308,7 @@ class RunConfig:
             section = getattr(self, field.name)
             if dataclasses.is_dataclass(section):
                 for name, setting in vars(section).items():
-                    fields[f"{field.name}.{name}"] = list(setting) if isinstance(setting, tuple) else setting
+                    fields[f"{field.name}.{name}"] = _as_json(setting)
             else:
                 fields[field.name] = section
         return fields
@@ -287,6 +355,8 @@ _CHOICES = {
     "questions.refusals": ("drop", "wrong"),
     "tracking.association": ("hungarian", "greedy", "feature_id", "none"),
     "tracking.gate": ("before", "after"),
+    "detection.threshold": ("youden", "f1", "accuracy"),
+    "sweep.metric": ("auroc", "accuracy", "f1"),
 }
 
 # Smallest value allowed; fields named here may be unset where their type says so.
@@ -332,6 +402,11 @@ _AT_LEAST = {
     "detection.folds": 3,
     "detection.repeats": 1,
     "detection.bootstrap": 100,
+    "detection.trees": 1,
+    "detection.sae_penalty": 1e-9,
+    "sweep.trials": 1,
+    "sweep.workers": 1,
+    "sweep.published_rows": 1,
     "seed": 0,
 }
 
@@ -389,6 +464,11 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     return positional
 
 
+def read(path: str | Path) -> ml_collections.ConfigDict:
+    """Return the settings that a config file returns, for another config file to build on."""
+    return runpy.run_path(str(path))["get_config"]()
+
+
 def config_file(flag_values: flags.FlagValues) -> str:
     """Return the path given as `--config`."""
     return config_flags.get_config_filename(flag_values["config"])
@@ -410,6 +490,7 @@ def resolve(config: Any) -> RunConfig:
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"get_config() returned {type(config).__name__}, expected jaxsae.config.defaults(), changed")
     _check_fields(config)
+    _check_sweep(config.sweep)
     sections: dict[str, Any] = {
         name: section(**{key: _plain(setting) for key, setting in config[name].items()})
         for name, section in SECTIONS.items()
@@ -417,6 +498,51 @@ def resolve(config: Any) -> RunConfig:
     resolved = RunConfig(**sections, seed=config.seed)
     _check(resolved)
     return resolved
+
+
+def change(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return the config with some fields changed, by dotted name.
+
+    Raises:
+        InputError: a name is no setting, or a value is of another type or out of range; the message names both.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, setting in changes.items():
+        section, _, field = name.partition(".")
+        if name not in _FIELDS or not field:
+            raise InputError(f"{name} is no setting; the nearest is {_nearest(name)}")
+        expected = typing.get_type_hints(SECTIONS[section])[field]
+        if not _is_of_type(setting, expected):
+            raise InputError(f"{name} is {setting!r}, expected {_type_name(expected)}")
+        sections.setdefault(section, {})[field] = _as_type(setting, expected)
+    changed = {section: dataclasses.replace(getattr(config, section), **fields) for section, fields in sections.items()}
+    outcome = dataclasses.replace(config, **changed)
+    _check(outcome)
+    return outcome
+
+
+def _is_of_type(setting: Any, expected: Any) -> bool:
+    """Say whether a value may stand in a field; whole numbers may stand for others, and lists for tuples."""
+    if isinstance(expected, types.UnionType):
+        return any(_is_of_type(setting, kind) for kind in typing.get_args(expected))
+    if typing.get_origin(expected) is tuple:
+        kind = typing.get_args(expected)[0]
+        return isinstance(setting, list | tuple) and all(_is_of_type(item, kind) for item in setting)
+    if isinstance(setting, bool):
+        return expected is bool
+    return isinstance(setting, (int, float) if expected is float else expected)
+
+
+def _as_type(setting: Any, expected: Any) -> Any:
+    """Return a list as a tuple, and a whole number as a float where the field holds floats."""
+    if isinstance(setting, list | tuple):
+        return tuple(_as_type(item, typing.get_args(expected)[0]) for item in setting)
+    kinds = typing.get_args(expected) or (expected,)
+    return float(setting) if type(setting) is int and float in kinds and int not in kinds else setting
+
+
+def _type_name(expected: Any) -> str:
+    return getattr(expected, "__name__", None) or str(expected) if not typing.get_args(expected) else str(expected)
 
 
 def read_section(settings: Mapping[str, Any], name: str) -> Any:
@@ -441,9 +567,17 @@ def describe(*sections: str) -> str:
             continue
         lines.append(f"{name}: {(SECTIONS[name].__doc__ or '').strip()}")
         for field in dataclasses.fields(SECTIONS[name]):
-            default = "unset" if field.default is None else str(field.default).replace("\n", r"\n")
+            default = "unset" if field.default is None else str(field.default).replace("\n", r"\n") or "empty"
             lines.append(f"  --config.{name}.{field.name} ({default}): {field.metadata['doc']}")
     return "\n".join(lines)
+
+
+def _as_json(setting: Any) -> Any:
+    if isinstance(setting, tuple):
+        return [_as_json(item) for item in setting]
+    if isinstance(setting, SweepSetting | SweepAxis | SweepRange):
+        return dataclasses.asdict(setting)
+    return setting
 
 
 def _plain(setting: Any) -> Any:
@@ -513,6 +647,19 @@ def _check(config: RunConfig) -> None:
             f"tracking.position is {config.tracking.position}, which features.positions "
             f"({', '.join(config.features.positions)}) does not keep"
         )
+
+
+def _check_sweep(sweep: Any) -> None:
+    """Check what the types of a ConfigDict do not say, before it is frozen."""
+    for field, kinds in {"settings": (SweepSetting,), "axes": (SweepAxis, SweepRange)}.items():
+        for item in sweep[field]:
+            if not isinstance(item, kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise InputError(f"sweep.{field} holds {item!r}, expected {wanted} (jaxsae.config), in a config file")
+    if Path(sweep.name).name != sweep.name or sweep.name.startswith("."):
+        raise InputError(f"sweep.name is {sweep.name!r}, expected the name of a folder")
+    if not sweep.detectors:
+        raise InputError("sweep.detectors is empty; name one or more, as metrics.json names them")
 
 
 def _check_one_of(settings: dict[str, Any], first: str, second: str) -> None:

@@ -89,6 +89,11 @@ WRONG = {
     "export to nowhere": (["export", "--workdir=w"], "--out is missing; jaxsae export --help says"),
     "export of what": (["export", "saes", "--workdir=w", "--out=o"], "export takes flags alone; got saes"),
     "export of no run": (["export", "--workdir=w", "--out=o"], r"w/saes/suite\.json is missing; run jaxsae train"),
+    "sweep of no run": (
+        ["sweep", f"--config={ROOT}/configs/sweeps/demo.py", "--workdir=w"],
+        r"w/answers\.jsonl is missing: run jaxsae answer",
+    ),
+    "sweep nowhere": (["sweep", f"--config={ROOT}/configs/sweeps/demo.py"], "--workdir is missing; it has no default"),
     "score of nothing": (["score", "--workdir=w"], "give --prompt or --file, one of the two"),
     "score of two": (["score", "--workdir=w", "--prompt=a", "--file=b"], "give --prompt or --file, one of the two"),
     "score nowhere": (["score", "--prompt=a"], "--workdir is missing; name the folder of a finished run"),
@@ -129,7 +134,7 @@ def test_wrong_config_file__ends_in_one_line(fails, tmp_path_factory):
 def test_help__lists_the_stages_in_order(arguments, capsys):
     assert cli.run(["jaxsae", *arguments]) == 0
     said = capsys.readouterr().out
-    names = ("run", *STAGES, "plan", "audit", "score", "transfer", "export", "import")
+    names = ("run", *STAGES, "sweep", "plan", "audit", "score", "transfer", "export", "import")
     places = [re.search(rf"^  {name} +\w", said, flags=re.MULTILINE).start() for name in names]
     assert places == sorted(places)
     for flag in ("--config=FILE", "--workdir=DIR", "--dry-run", "--redo"):
@@ -167,8 +172,8 @@ def test_help__of_score_names_its_flags(capsys):
     assert named == ["workdir", "prompt", "answer", "file", "out", "tracks", "draws", "model"]
 
 
-def test_commands__are_run_the_stages_plan_and_exchange():
-    assert list(cli.COMMANDS) == ["run", *STAGES, "plan", "audit", "score", "transfer", "export", "import"]
+def test_commands__are_run_the_stages_sweep_plan_and_exchange():
+    assert list(cli.COMMANDS) == ["run", *STAGES, "sweep", "plan", "audit", "score", "transfer", "export", "import"]
 
 
 def test_help__answers_within_a_second_and_loads_nothing_heavy():

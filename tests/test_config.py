@@ -1,6 +1,7 @@
 """The settings: every shipped config, every check, and the words a user gets when one is wrong."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import ml_collections
@@ -13,7 +14,7 @@ from jaxsae.features import expand_positions
 
 START = "from jaxsae.config import defaults\ndef get_config():\n    c = defaults()\n"
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.py"))
+SHIPPED = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.py"))
 
 
 def parse(*arguments, config=CONFIGS / "demo.py"):
@@ -39,6 +40,7 @@ def resolve(**changes):
 def test_configs__are_those_that_are_promised():
     gpt2 = {"demo", "gpt2_medium", "gpt2_medium_reference", "gpt2_small"}
     assert set(SHIPPED) >= gpt2 | {"llama32_1b", "phi2", "phi2_sparse", "smollm2"}
+    assert set(SHIPPED) >= {"sweeps/demo", "sweeps/gpt2_medium", "sweeps/phi2"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -238,6 +240,62 @@ def test_check__names_a_value_below_the_least(name):
 def test_check__names_fields_that_contradict_each_other(changes, words):
     with pytest.raises(InputError, match=words):
         resolve(**changes)
+
+
+def test_change__gives_fields_other_values_and_leaves_the_rest():
+    plain = resolve()
+    changed = settings.change(
+        plain, {"tracking.top_k": 3, "detection.probe_c": [1, 0.5], "tracking.birth_threshold": 1}
+    )
+    assert {name for name in plain.flat() if plain.flat()[name] != changed.flat()[name]} == {
+        *("tracking.top_k", "detection.probe_c", "tracking.birth_threshold")
+    }
+    assert repr(changed.detection.probe_c) == "(1.0, 0.5)"  # as if 1.0 had been written: settings are told by them
+    assert settings.change(plain, {"train.lr": None}).train.lr is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tracking.topk": 3}, r"tracking\.topk is no setting; the nearest is tracking\.top_k"),
+        ({"seed": 3}, r"seed is no setting"),
+        ({"tracking.top_k": 3.0}, r"tracking\.top_k is 3\.0, expected int"),
+        ({"tracking.top_k": True}, r"tracking\.top_k is True, expected int"),
+        ({"tracking.top_k": None}, r"tracking\.top_k is None, expected int"),
+        ({"tracking.normalise_activations": 1}, r"normalise_activations is 1, expected bool"),
+        ({"tracking.birth_threshold": "1"}, r"birth_threshold is '1', expected float"),
+        ({"detection.probe_c": (1, "2")}, r"probe_c is \(1, '2'\), expected tuple\[float, \.\.\.\]"),
+        ({"train.lr": "1"}, r"train\.lr is '1', expected float \| None"),
+        ({"tracking.top_k": 51}, r"tracking\.top_k is 51 but features\.keep is 50"),
+        ({"tracking.gate": "never"}, r"tracking\.gate is 'never', expected one of before, after"),
+    ],
+)
+def test_change__names_what_cannot_be(changes, words):
+    with pytest.raises(InputError, match=words):
+        settings.change(resolve(), changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sweep__settings": ("a",)}, r"sweep\.settings holds 'a', expected SweepSetting \(jaxsae\.config\)"),
+        ({"sweep__axes": ("a",)}, r"sweep\.axes holds 'a', expected SweepAxis or SweepRange \(jaxsae\.config\)"),
+        ({"sweep__name": "a/b"}, r"sweep\.name is 'a/b', expected the name of a folder"),
+        ({"sweep__name": ".."}, r"sweep\.name is '\.\.', expected the name of a folder"),
+        ({"sweep__detectors": ()}, r"sweep\.detectors is empty"),
+    ],
+)
+def test_check__names_a_sweep_that_cannot_be(changes, words):
+    with pytest.raises(InputError, match=words):
+        resolve(**changes)
+
+
+def test_flat__of_a_sweep_can_be_written_as_json():
+    setting = settings.SweepSetting("a", {"tracking.top_k": 3}, {"auroc": 0.7})
+    flat = resolve(sweep__settings=(setting,), sweep__axes=(settings.SweepAxis("seed", (1, 2)),)).flat()
+    assert json.loads(json.dumps(flat))["sweep.settings"] == [
+        {"name": "a", "changes": {"tracking.top_k": 3}, "published": {"auroc": 0.7}, "is_reconstructed": False}
+    ]
 
 
 def test_positions__are_those_that_the_features_know():

@@ -1,6 +1,7 @@
 """Phase 4: features and tracks to judged detectors: `metrics.json`, `predictions.csv`, `detector/`."""
 
 import csv
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,7 @@ def run(config: RunConfig, context: Context) -> None:
     started = time.monotonic()
     workdir = context.workdir
     tables = read_tables(workdir)
-    protocol = detection.ProtocolConfig(
-        folds=config.detection.folds,
-        repeats=config.detection.repeats,
-        bootstrap=config.detection.bootstrap,
-        seed=config.seed,
-        curves=CURVES if config.detection.curves else (),
-    )
+    protocol = protocol_of(config, curves=CURVES if config.detection.curves else ())
     with Progress("detect", 1, "steps") as bar:
         results = detection.evaluate(
             tables, protocol, progress=lambda done, total, what: bar.update(done, what, total=total)
@@ -50,6 +45,13 @@ def run(config: RunConfig, context: Context) -> None:
     )
 
 
+def protocol_of(config: RunConfig, **others: Any) -> detection.ProtocolConfig:
+    """Return how detectors are fitted and judged by a run's settings; `others` are fields that no setting is behind."""
+    names = [field.name for field in dataclasses.fields(config.detection) if field.name != "curves"]
+    chosen = {name: getattr(config.detection, name) for name in names}
+    return detection.ProtocolConfig(seed=config.seed, **chosen | others)
+
+
 def read_tables(workdir: Path) -> detection.Tables:
     """Return a run's answers as rows for the detectors.
 
@@ -64,6 +66,13 @@ def read_tables(workdir: Path) -> detection.Tables:
         raise InputError(f"{workdir}/tracks.npz and features.npz are of different answers; run jaxsae track")
     if "control_names" not in tracks or "control_metrics" not in tracks:
         raise InputError(f"{path} has no controls, as an older version wrote it; run jaxsae track --redo")
+    return make_tables(features, answers, tracks)
+
+
+def make_tables(
+    features: artifacts.Features, answers: list[artifacts.Answer], tracks: dict[str, np.ndarray]
+) -> detection.Tables:
+    """Return answers, their features and what `tracks.npz` holds as rows for the detectors."""
     controls = dict(zip(tracks["control_names"].tolist(), tracks["control_metrics"], strict=True))
     names = tracks["metric_names"].tolist()
     return detection.build_tables(features, answers, tracks["metrics"], names, track_controls=controls)

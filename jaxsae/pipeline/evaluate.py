@@ -55,7 +55,7 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
         config_name=config.report.title or context.config_name,
         command=context.command,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        config=config.flat(),
+        config={name: setting for name, setting in config.flat().items() if not name.startswith("sweep.")},
         host=host(),
         model={"name": about["model"], "n_layers": about["n_layers"], "d_model": about["d_model"]},
         sae_spec={

@@ -1,6 +1,7 @@
 """Phase 3, second half: answers to SAE features (`features.npz`) and tracks through the layers (`tracks.npz`)."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxsae.pipeline.stages import STAGES, Context
 from jaxsae.progress import Progress
 from jaxsae.tracking.tracks import Decoders
 
+CONTROLS = ("none", "shuffled", "random_decoders")
 _CONTROL_SEED = 0  # of shuffled links and random decoders: the same in every run, so that runs compare
 
 
@@ -27,35 +29,44 @@ def run(config: RunConfig, context: Context) -> None:
         InputError: suite, answers and model do not belong together, or a checkpoint file is damaged.
     """
     kept = _keep_features(config, context)
-    tracks = follow(kept, sae.Decoders(context.workdir / "saes"), config.tracking)
-    table = tracking.divergence_metrics(tracks)
-    controls = _control_metrics(kept, tracks, context.workdir / "saes", config.tracking)
-    artifacts.write_npz(
-        context.workdir / "tracks.npz",
-        {
-            **tracks.arrays(),
-            "ids": np.array(kept.ids),
-            "position": np.array(config.tracking.position),
-            "metrics": table,
-            "metric_names": np.array(tracking.DIVERGENCE_COLUMNS),
-            "control_names": np.array(list(controls)),
-            "control_metrics": np.stack(list(controls.values())),
-        },
-    )
-    context.details = f"{len(kept.ids)} answers, {len(tracks.birth) / len(kept.ids):.1f} tracks each"
+    arrays = track_arrays(kept, sae.Decoders(context.workdir / "saes"), config.tracking)
+    artifacts.write_npz(context.workdir / "tracks.npz", arrays)
+    context.details = f"{len(kept.ids)} answers, {len(arrays['birth']) / len(kept.ids):.1f} tracks each"
+
+
+def track_arrays(
+    kept: Features, decoders: Decoders, config: TrackingConfig, *, controls: Sequence[str] = CONTROLS
+) -> dict[str, np.ndarray]:
+    """Return what `tracks.npz` holds: tracks, their metrics, and those of controls.
+
+    Raises:
+        InputError: the position was not kept, or a checkpoint file is damaged.
+    """
+    tracks = follow(kept, decoders, config)
+    metrics = tracking.divergence_metrics(tracks)
+    of_controls = [_control_metrics(name, kept, tracks, decoders, config) for name in controls]
+    return {
+        **tracks.arrays(),
+        "ids": np.array(kept.ids),
+        "position": np.array(config.position),
+        "metrics": metrics,
+        "metric_names": np.array(tracking.DIVERGENCE_COLUMNS),
+        "control_names": np.array(controls, dtype=np.str_),
+        "control_metrics": np.stack(of_controls) if of_controls else np.empty((0, *metrics.shape)),
+    }
 
 
 def _control_metrics(
-    kept: Features, tracks: tracking.Tracks, suite_dir: Path, config: TrackingConfig
-) -> dict[str, np.ndarray]:
-    """Return the metrics [N Q] of tracks that should know less than the real ones, by the control's name."""
-    random = tracking.RandomDecoders(sae.Decoders(suite_dir), _CONTROL_SEED)
-    controls = {
-        "none": follow(kept, sae.Decoders(suite_dir), dataclasses.replace(config, association="none")),
-        "shuffled": tracking.shuffle_links(tracks, seed=_CONTROL_SEED),
-        "random_decoders": follow(kept, random, config),
-    }
-    return {name: tracking.divergence_metrics(control) for name, control in controls.items()}
+    name: str, kept: Features, tracks: tracking.Tracks, decoders: Decoders, config: TrackingConfig
+) -> Float[np.ndarray, "N Q"]:
+    """Return the metrics of tracks that should know less than the real ones."""
+    if name == "shuffled":
+        control = tracking.shuffle_links(tracks, seed=_CONTROL_SEED)
+    elif name == "none":
+        control = follow(kept, decoders, dataclasses.replace(config, association="none"))
+    else:
+        control = follow(kept, tracking.RandomDecoders(decoders, _CONTROL_SEED), config)
+    return tracking.divergence_metrics(control)
 
 
 def follow(kept: Features, decoders: Decoders, config: TrackingConfig) -> tracking.Tracks:

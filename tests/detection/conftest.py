@@ -86,7 +86,7 @@ def make_inputs(*, n_groups: int = 60, per_group: int = 2, seed: int = 0) -> Inp
     )
 
 
-@pytest.fixture(name="make_inputs")
+@pytest.fixture(name="make_inputs", scope="session")
 def make_inputs_fixture():
     return make_inputs
 
