@@ -76,6 +76,9 @@ class SaeConfig:
         "share of the run over which k falls, or a sparsity penalty rises to its full weight; "
         "unset: 1 for jumprelu_tanh, 0.1 for others; jumprelu_l1's is constant",
     )
+    by_row: float = _field(
+        0.3, "batchtopk, matryoshka: share of the run in which each row keeps k latents, before the batch does"
+    )
     compute: str = _field("auto", "dense products, sparse ones (by kept latents), or auto: what is faster here")
     aux_coefficient: float = _field(1 / 32, "weight of the loss that revives dead latents (Gao et al. 2024)")
     dead_tokens: int = _field(
@@ -369,6 +372,7 @@ _AT_LEAST = {
     "sae.expansion": 0.01,
     "sae.k": 1,
     "sae.k_start": 1,
+    "sae.by_row": 0,
     "sae.anneal": 0,
     "sae.aux_coefficient": 0,
     "sae.dead_tokens": 1,

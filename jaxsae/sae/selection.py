@@ -112,6 +112,7 @@ def keep_batch_topk(
     k: int | Float[Array, ""],
     *,
     n_row: int,
+    by_row: Bool[Array, ""] | None = None,
     axis: str | None = None,
     latent_axis: str | None = None,
 ) -> tuple[Float[Array, "B F"], Float[Array, ""]]:
@@ -122,6 +123,8 @@ def keep_batch_topk(
 
     Args:
         n_row: the largest entries of each row that are searched first; see `kth_largest`.
+        by_row: keep the k largest positive entries of each row instead, and those equal to the k-th; the value that is
+            returned stays the batch's.
 
     Source: Bussmann et al. 2024, arXiv:2412.06410.
     """
@@ -130,7 +133,21 @@ def keep_batch_topk(
     largest = lax.top_k(searched, min(n_row, pre.shape[-1]))[0]
     axes = _axes(axis, latent_axis)
     threshold = lax.stop_gradient(kth_largest(searched, n_kept(pre, k, axis), largest, axes))
-    return jnp.where(positive >= threshold, positive, 0.0), threshold
+    bar = threshold if by_row is None else jnp.where(by_row, _kth_of_row(largest, k, latent_axis), threshold)
+    return jnp.where(positive >= bar, positive, 0.0), threshold
+
+
+def _kth_of_row(
+    largest: Float[Array, "B K"], k: int | Float[Array, ""], latent_axis: str | None
+) -> Float[Array, "B 1"]:
+    """Return the k-th of each row's largest entries, of all shards of latents."""
+    if isinstance(k, int):
+        largest = largest[:, :k]
+    if latent_axis is not None:
+        every = lax.all_gather(largest, latent_axis, axis=1, tiled=True)
+        largest = lax.top_k(every, largest.shape[-1])[0]
+    place = jnp.clip(jnp.round(k).astype(jnp.int32), 1, largest.shape[-1]) - 1
+    return lax.dynamic_slice_in_dim(largest, place, 1, axis=1)
 
 
 def n_kept(pre: Float[Array, "B F"], k: int | Float[Array, ""], axis: str | None) -> int | Int[Array, ""]:
@@ -145,9 +162,11 @@ def batch_topk_codes(
     k_now: int | Float[Array, ""],
     axis: str | None,
     latent_axis: str | None = None,
+    *,
+    by_row: Bool[Array, ""] | None = None,
 ) -> tuple[Codes, Float[Array, ""], Bool[Array, ""]]:
-    """Return what `keep_batch_topk` keeps as codes, the smallest value kept, and whether the codes hold all of it,
-    on every shard.
+    """Return what `keep_batch_topk` keeps as codes, the smallest value kept of the batch, and whether the codes hold
+    all of it, on every shard. By row exactly k entries are kept, of equal ones the lowest latents.
 
     There are slots for one entry a row more than k, for ties, and on one of several shards of rows for a quarter more,
     since the batch's entries need not be spread evenly; on one of several shards of latents, for twice its part. Rows
@@ -183,7 +202,27 @@ def batch_topk_codes(
         rows=rows.astype(jnp.int32).reshape(n_rows, n_slots),
         crowded=CrowdedRows(crowded, (whole_rows >= threshold) & (whole_rows > 0)),
     )
+    if by_row is not None:
+        of_rows, is_cut = _codes_of_rows(pre, k, k_now, latent_axis, like=codes)
+        codes = jax.tree.map(lambda row, batch: jnp.where(by_row, row, batch), of_rows, codes)
+        overflows |= by_row & is_cut
     return codes, threshold, _max(overflows.astype(jnp.int32), axes) == 0
+
+
+def _codes_of_rows(
+    pre: Float[Array, "B F"], k: int, k_now: int | Float[Array, ""], latent_axis: str | None, *, like: Codes
+) -> tuple[Codes, Bool[Array, ""]]:
+    """Return the codes of `topk_codes` with the slots of others, and whether these are too few.
+
+    A shard of latents may hold more of a row's largest than its part.
+    """
+    codes = topk_codes(pre, k, None if isinstance(k_now, int) else jnp.round(k_now), latent_axis)
+    n_rows, n_slots = like.ids.shape
+    is_cut = (codes.values[:, n_slots:] > 0).any()
+    missing = [(0, 0), (0, max(0, n_slots - codes.ids.shape[1]))]
+    rows = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32)[:, None], (n_rows, n_slots))
+    crowded = CrowdedRows(jnp.full_like(like.crowded.rows, n_rows), jnp.zeros_like(like.crowded.kept))
+    return Codes(*(jnp.pad(x, missing)[:, :n_slots] for x in (codes.ids, codes.values)), rows, crowded), is_cut
 
 
 def kth_largest(

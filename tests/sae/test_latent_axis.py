@@ -74,6 +74,26 @@ def sharded_batch_topk(pre):
     return keep_batch_topk(pre, 4, n_row=16, latent_axis=meshes.LATENT)
 
 
+def rows_largest(pre):
+    return keep_batch_topk(pre, 4, n_row=16, by_row=jnp.array(True), latent_axis=meshes.LATENT)
+
+
+def codes_of_rows(pre):
+    codes, threshold, fits = batch_topk_codes(pre, 4, 4, None, meshes.LATENT, by_row=jnp.array(True))
+    return jnp.zeros_like(pre).at[codes.rows, codes.ids].add(codes.values), threshold, fits
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_largest_by_row__over_shards_of_latents__are_those_of_the_whole_row(name):
+    pre = jnp.asarray(ROWS[name], jnp.float32)
+    kth = jax.lax.top_k(pre, 4)[0][:, -1:]
+    found, _ = on_four_shards(rows_largest, n_numbers=1)(pre)
+    np.testing.assert_array_equal(found, jnp.where(pre >= jnp.maximum(kth, 0), jax.nn.relu(pre), 0))
+    found, _, fits = on_four_shards(codes_of_rows, n_numbers=2)(pre)
+    if fits:
+        np.testing.assert_array_equal(found, keep_topk(pre, 4))
+
+
 def sharded_codes(pre):
     codes, threshold, fits = batch_topk_codes(pre, 4, 4, None, meshes.LATENT)
     return jnp.zeros_like(pre).at[codes.rows, codes.ids].add(codes.values), threshold, fits

@@ -217,10 +217,10 @@ def test_loss__counts_what_it_kept():
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
-@pytest.mark.parametrize("k_start", [None, 6])
-def test_gradients__by_codes__equal_the_dense_ones(architecture, k_start):
+@pytest.mark.parametrize(("k_start", "by_row"), [(None, 0.0), (6, 0.0), (None, 0.3), (None, 0.6), (6, 0.6)])
+def test_gradients__by_codes__equal_the_dense_ones(architecture, k_start, by_row):
     weights, acts = inputs(11)
-    moment = moment_of(architecture, k_start=k_start, anneal=1.0)
+    moment = moment_of(architecture, k_start=k_start, anneal=1.0, by_row=by_row)
     pre = (acts - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     for crowded in (False, True):
         # One row with more to keep than the codes have room for: the dense form takes over.

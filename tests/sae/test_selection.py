@@ -117,6 +117,49 @@ def test_batch_topk_codes__hold_what_is_kept__or_say_that_they_do_not(name, n_sh
         np.testing.assert_array_equal(found, kept)
 
 
+@pytest.mark.parametrize("name", batches())
+@pytest.mark.parametrize("n_shards", [1, 8])
+def test_by_row__each_row_keeps_its_largest__and_the_threshold_stays_the_batchs(name, n_shards):
+    pre = batches()[name].astype(np.float32)
+    _, expected = jitted_batch_topk(pre, 3, n_row=12)
+    for is_by_row in (True, False):
+        dense, codes = by_row_forms(n_shards)
+        kept, threshold = dense(pre, is_by_row)
+        found, of_codes, fits = codes(pre, is_by_row)
+        assert float(threshold) == float(expected)
+        if is_by_row:
+            np.testing.assert_array_equal(found, jitted_topk(pre, 3))
+            kth = np.sort(pre, axis=1)[:, -3, None]
+            np.testing.assert_array_equal(kept, np.where((pre >= kth) & (pre > 0), pre, 0))
+        else:
+            np.testing.assert_array_equal(kept, jitted_batch_topk(pre, 3, n_row=12)[0])
+        if fits:
+            assert float(of_codes) == float(expected)
+
+
+@functools.cache
+def by_row_forms(n_shards):
+    """Return the compiled (pre, is by row) -> (kept, threshold), and -> (codes as dense, threshold, do they fit)."""
+    mesh = meshes.make_mesh(1, data=n_shards)
+
+    def dense(pre, is_by_row):
+        return keep_batch_topk(pre, 3, n_row=12, by_row=is_by_row, axis=meshes.DATA)
+
+    def by_codes(pre, is_by_row):
+        codes, threshold, fits = batch_topk_codes(pre, 3, 3, meshes.DATA, by_row=is_by_row)
+        feats = jnp.zeros_like(pre).at[codes.rows, codes.ids].add(codes.values)
+        whole = codes.crowded
+        kept = jnp.where(whole.kept, pre.at[whole.rows].get(mode="fill", fill_value=0), 0)
+        return feats.at[whole.rows].add(kept, mode="drop"), threshold, fits
+
+    specs = (P(meshes.DATA), P())
+    outs = (P(meshes.DATA), P()), (P(meshes.DATA), P(), P())
+    return tuple(
+        jax.jit(jax.shard_map(form, mesh=mesh, in_specs=specs, out_specs=out))
+        for form, out in zip((dense, by_codes), outs, strict=True)
+    )
+
+
 def test_batch_topk_codes__compiled__search_rows_without_sorting_them():
     text = jax.jit(lambda pre: batch_topk_codes(pre, 4, 4, None)).lower(np.zeros((64, 256), np.float32)).compile()
     assert "TopK" in text.as_text()

@@ -346,7 +346,7 @@ def along(*mesh):
 ALONG_LATENT = {
     ("topk", "dense"): {"recon": 3, "b_dec": 3, "candidates": 2, "s32": 1, "counts": 0},
     ("topk", "sparse"): {"recon": 3, "b_dec": 3, "candidates": 2, "s32": 1, "counts": 0},
-    ("batchtopk", "dense"): {"recon": 3, "b_dec": 3, "candidates": 1, "s32": 1, "counts": 4},
+    ("batchtopk", "dense"): {"recon": 3, "b_dec": 3, "candidates": 2, "s32": 1, "counts": 4},
     ("jumprelu_l1", "dense"): {"recon": 1, "b_dec": 0, "candidates": 0, "s32": 0, "counts": 0},
 }
 
