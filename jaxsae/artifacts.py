@@ -303,6 +303,8 @@ class Features:
         activations: their activations, descending, in residual units; 0 in empty slots.
         resid: the residual stream at `RESID_POSITIONS`.
         recon_error: squared SAE error over squared distance from the SAE's b_dec, per position.
+        token_direction: how the logit of the answer's first token, less the mean logit, changes with the last layer's
+            residual stream at the last prompt token, logits per residual unit; zeros for an empty answer.
         logprobs: all answers' token log-probabilities in one row, nats.
         offsets: answer n's log-probabilities are `logprobs[offsets[n]:offsets[n + 1]]`.
     """
@@ -313,6 +315,7 @@ class Features:
     activations: Float[np.ndarray, "N L P K"]
     resid: Float[np.ndarray, "N L 3 D"]
     recon_error: Float[np.ndarray, "N L P"]
+    token_direction: Float[np.ndarray, "N D"]
     logprobs: Float[np.ndarray, " tokens"]
     offsets: Int[np.ndarray, " N+1"]
 
@@ -329,6 +332,10 @@ class Features:
             )
         index = self.positions.index(position)
         return self.feature_ids[:, :, index], self.activations[:, :, index]
+
+    def recon_error_at(self, position: str) -> Float[np.ndarray, "N L"]:
+        """Return the SAE errors at a position that `at` has."""
+        return self.recon_error[:, :, self.positions.index(position)]
 
 
 def write_features(path: str | os.PathLike, features: Features) -> None:
@@ -353,7 +360,7 @@ def read_features(path: str | os.PathLike) -> Features:
     if "resid" not in arrays:
         arrays["resid"] = _read_overflow(_overflow_path(path), f"{rebuild} --redo")
     n = len(arrays["ids"])
-    for name in ("feature_ids", "activations", "resid", "recon_error"):
+    for name in ("feature_ids", "activations", "resid", "recon_error", "token_direction"):
         if len(arrays[name]) != n:
             raise InputError(f"{path} holds {n} ids but {len(arrays[name])} rows of {name}; {rebuild}")
     fields: dict[str, Any] = {name: arrays[name] for name in names}

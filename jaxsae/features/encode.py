@@ -79,12 +79,29 @@ def encode_answers(
         resid = lm.residuals(texts.token_ids)
         kept = keep_features(suite, resid, texts.prompt_end, texts.answer_at, texts.in_answer, names=names, n_kept=keep)
         rows.append({name: np.moveaxis(np.asarray(x), 1, 0)[: len(members)] for name, x in kept.items()})
+        ends = resid[-1][jnp.arange(batch), jnp.asarray(texts.prompt_end)]
+        rows[-1]["token_direction"] = token_directions(lm, ends, chosen)
         check_finite(rows[-1]["resid"], chosen)
         order += members
         on_batch(len(order))
     back = np.argsort(order)
     arrays = {name: np.concatenate([row[name] for row in rows])[back] for name in rows[0]}
     return make_features(answers, arrays, names)
+
+
+def token_directions(
+    lm: LanguageModel, ends: Float[Array, "B D"], answers: Sequence[Answer]
+) -> Float[np.ndarray, "rows D"]:
+    """Return `Features.token_direction` of each answer.
+
+    Args:
+        ends: the last layer's residual stream at the last prompt token; as many rows as answers, or more.
+    """
+    first = np.zeros(len(ends), np.int32)
+    first[: len(answers)] = [answer.answer_ids[0] if answer.answer_ids else 0 for answer in answers]
+    directions = np.array(lm.logit_directions(ends, first), np.float32)[: len(answers)]
+    directions[[not answer.answer_ids for answer in answers]] = 0.0
+    return directions
 
 
 def make_features(answers: Sequence[Answer], arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> Features:

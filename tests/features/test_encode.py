@@ -241,3 +241,17 @@ def test_expand_positions__spells_out_the_answers_tokens_once():
 def test_expand_positions__refuses_unknown_names(names, words):
     with pytest.raises(InputError, match=rf"features\.positions {words}, expected names among last_prompt, "):
         expand_positions(names, 3)
+
+
+def test_encode_answers__directs_each_answer_at_its_first_token():
+    lm, answers = make_lm(), make_answers()
+    found = encode(lm, make_suite("topk"), answers).token_direction
+    assert found.shape == (8, D_MODEL)
+    for direction, answer in zip(found, answers, strict=True):
+        if not answer.answer_ids:
+            assert not direction.any()
+            continue
+        end = lm.residuals(np.array([answer.prompt_ids]))[-1, :, -1]
+        np.testing.assert_allclose(
+            direction, lm.logit_directions(end, np.array(answer.answer_ids[:1]))[0], rtol=1e-4, atol=1e-5
+        )
