@@ -205,6 +205,10 @@ class DetectionConfig:
     folds: int = _field(5, "folds of the grouped cross-validation")
     repeats: int = _field(3, "times it is repeated with another split")
     bootstrap: int = _field(2000, "resamples of groups behind every interval, permutations behind every p-value")
+    families: tuple[str, ...] = _field(
+        ("metrics", "prompt", "profiles", "concepts", "late_births"),
+        "of track features that the method may choose and the stack with tracks reads",
+    )
     curves: bool = _field(True, "measure some detectors with fewer and with wrong labels, too")
 
 
@@ -260,6 +264,7 @@ SECTIONS: dict[str, type] = {
 }
 
 _POSITIONS = ("last_prompt", "first_answer", "last_answer", "answer_mean", "answer_max", "answer_tokens")
+_FAMILIES = ("metrics", "prompt", "profiles", "concepts", "late_births")
 QUESTION_SETS = ("truthfulqa", "halueval", "triviaqa", "nq_open", "popqa", "known_1000")
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -506,6 +511,16 @@ def _check(config: RunConfig) -> None:
     if unknown or not config.features.positions:
         raise InputError(
             f"features.positions holds {', '.join(unknown) or 'nothing'}, expected names among {', '.join(_POSITIONS)}"
+        )
+    strange = [name for name in config.detection.families if name not in _FAMILIES]
+    if strange or not config.detection.families:
+        raise InputError(
+            f"detection.families holds {', '.join(strange) or 'nothing'}, expected names among {', '.join(_FAMILIES)}"
+        )
+    if "prompt" in config.detection.families and "last_prompt" not in config.features.positions:
+        raise InputError(
+            "detection.families has prompt, which needs last_prompt among features.positions "
+            f"({', '.join(config.features.positions)}); keep that position, or leave the family out"
         )
     if config.tracking.position not in config.features.positions:
         raise InputError(

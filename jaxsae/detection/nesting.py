@@ -23,7 +23,8 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from jaxsae.detection import statistics
-from jaxsae.detection.baselines import Baseline, Choice, Matrix
+from jaxsae.detection.estimators import Matrix
+from jaxsae.detection.specs import Baseline, Choice
 from jaxsae.detection.tables import UNKNOWN_LABEL, Tables
 
 INNER = ("neighbours", "all")
@@ -297,4 +298,5 @@ def _inner_auroc(scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"])
 
 def _converged(estimator: BaseEstimator) -> bool:
     last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
-    return not hasattr(last, "n_iter_") or bool(np.all(last.n_iter_ < last.max_iter))
+    is_linear = hasattr(last, "coef_") and hasattr(last, "n_iter_")  # boosting makes all its iterations by intent
+    return not is_linear or bool(np.all(last.n_iter_ < last.max_iter))

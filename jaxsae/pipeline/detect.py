@@ -1,6 +1,7 @@
 """Phase 4: features and tracks to judged detectors: `metrics.json`, `predictions.csv`, `detector/`."""
 
 import csv
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from jaxsae import artifacts, detection
 from jaxsae.artifacts import InputError
 from jaxsae.config import RunConfig
+from jaxsae.pipeline.families import read_families
 from jaxsae.pipeline.stages import STAGES, Context, peak_bytes, read_record
 from jaxsae.progress import Progress
 
@@ -32,8 +34,10 @@ def run(config: RunConfig, context: Context) -> None:
         repeats=config.detection.repeats,
         bootstrap=config.detection.bootstrap,
         seed=config.seed,
-        curves=CURVES if config.detection.curves else (),
+        families=config.detection.families,
     )
+    if config.detection.curves:
+        protocol = dataclasses.replace(protocol, curves=tuple(name for name in CURVES if name in protocol.judged))
     with Progress("detect", 1, "steps") as bar:
         results = detection.evaluate(
             tables, protocol, progress=lambda done, total, what: bar.update(done, what, total=total)
@@ -66,7 +70,10 @@ def read_tables(workdir: Path) -> detection.Tables:
         raise InputError(f"{path} has no controls, as an older version wrote it; run jaxsae track --redo")
     controls = dict(zip(tracks["control_names"].tolist(), tracks["control_metrics"], strict=True))
     names = tracks["metric_names"].tolist()
-    return detection.build_tables(features, answers, tracks["metrics"], names, track_controls=controls)
+    families = read_families(tracks, path)
+    return detection.build_tables(
+        features, answers, tracks["metrics"], names, track_controls=controls, track_families=families
+    )
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -4,15 +4,16 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxsae import features, models, sae, tracking
 from jaxsae.artifacts import Answer, Features
 from jaxsae.config import TrackingConfig
-from jaxsae.detection import FittedDetector, Tables, build_tables
+from jaxsae.detection import Family, FittedDetector, Tables, build_tables
 from jaxsae.detection.explain import earliest_layer, repeat_row, scores_by_layer
 from jaxsae.features import Reading
-from jaxsae.pipeline.track import follow, follow_latents
+from jaxsae.pipeline.families import follow_latents, make_families
+from jaxsae.pipeline.track import follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Judge:
     Attributes:
         suite: of all layers, as jax arrays.
         decoders: its decoder rows, for each layer [F, D], as NumPy.
+        concepts: the concept of each latent.
         keep: latents kept for each layer and position.
         tracker: the tracker's settings and the position it looks at.
     """
@@ -30,6 +32,7 @@ class Judge:
     lm: models.LanguageModel
     suite: sae.SaeSuite
     decoders: list[np.ndarray]
+    concepts: Int[np.ndarray, "L F"]
     keep: int
     tracker: TrackingConfig
 
@@ -54,8 +57,13 @@ class Judge:
 
     def tabulate(self, answers: Sequence[Answer], kept: Features) -> Tables:
         """Return what the detector looks at, a row an answer."""
-        metrics = tracking.divergence_metrics(self.follow(kept))
-        return build_tables(kept, answers, metrics, tracking.DIVERGENCE_COLUMNS)
+        tracks = self.follow(kept)
+        metrics, families = tracking.divergence_metrics(tracks), self.families(kept, tracks)
+        return build_tables(kept, answers, metrics, tracking.DIVERGENCE_COLUMNS, track_families=families)
+
+    def families(self, kept: Features, tracks: tracking.Tracks) -> dict[str, Family]:
+        """Return the families of features of the rows' tracks."""
+        return make_families(kept, tracks, self.decoders, self.concepts, self.tracker)
 
     def probabilities(self, tables: Tables) -> Float[np.ndarray, " N"]:
         """Return the calibrated probabilities of hallucination."""

@@ -24,6 +24,7 @@ from jaxsae.pipeline.explanation import Reference, Similar, TrackEvidence, expla
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.judge import Judge
 from jaxsae.pipeline.stages import STAGES, read_record, record_path
+from jaxsae.pipeline.track import read_concepts
 
 TRACKS = 3  # explained unless asked otherwise
 DRAWS = 20  # random deletions beside each
@@ -126,14 +127,14 @@ class Detector:
         answers = artifacts.read_answers(workdir / "answers.jsonl")
         summary = artifacts.read_json(workdir / "answers_summary.json", rebuild="run jaxsae answer --redo")
         return cls(
-            Judge(fitted, lm, suite, decoders, keep, tracking),
+            Judge(fitted, lm, suite, decoders, read_concepts(workdir), keep, tracking),
             Asking(
                 template=summary["prompt"],
                 stop=tuple(summary["stop"]),
                 max_new_tokens=read_section(answering, "questions").max_new_tokens,
                 **_lengths(answers),
             ),
-            ProtocolConfig(folds=read_section(detected, "detection").folds, seed=detected["seed"]),
+            _protocol(detected),
             Reference.of(answers, artifacts.read_features(workdir / "features.npz"), tracking.position),
         )
 
@@ -287,6 +288,12 @@ class Detector:
             yield f"the run's prompts are of the form {asking.template!r}, this one is not"
         if any(answer.prompt_ids == other.prompt_ids for other in self.reference.answers):
             yield "the detector learned from an answer to this prompt: it is surer of it than of a new one"
+
+
+def _protocol(detected: Mapping[str, Any]) -> ProtocolConfig:
+    """Return the settings of a run's detector for one that is fitted anew."""
+    section = read_section(detected, "detection")
+    return ProtocolConfig(folds=section.folds, families=section.families, seed=detected["seed"])
 
 
 def _unscored(name: str, prompt: str, prompt_ids: tuple[int, ...], answer: str, answer_ids: tuple[int, ...]) -> Answer:

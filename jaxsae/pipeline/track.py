@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from jaxsae import artifacts, features, sae, tracking
 from jaxsae.artifacts import Features, InputError
 from jaxsae.config import RunConfig, TrackingConfig
-from jaxsae.pipeline import stages
+from jaxsae.pipeline import families, stages
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.stages import STAGES, Context
 from jaxsae.progress import Progress
@@ -30,6 +30,8 @@ def run(config: RunConfig, context: Context) -> None:
     tracks = follow(kept, sae.Decoders(context.workdir / "saes"), config.tracking)
     table = tracking.divergence_metrics(tracks)
     controls = _control_metrics(kept, tracks, context.workdir / "saes", config.tracking)
+    concepts = read_concepts(context.workdir)
+    found = families.make_families(kept, tracks, sae.Decoders(context.workdir / "saes"), concepts, config.tracking)
     artifacts.write_npz(
         context.workdir / "tracks.npz",
         {
@@ -40,6 +42,7 @@ def run(config: RunConfig, context: Context) -> None:
             "metric_names": np.array(tracking.DIVERGENCE_COLUMNS),
             "control_names": np.array(list(controls)),
             "control_metrics": np.stack(list(controls.values())),
+            **families.family_arrays(found),
         },
     )
     context.details = f"{len(kept.ids)} answers, {len(tracks.birth) / len(kept.ids):.1f} tracks each"
@@ -55,7 +58,15 @@ def _control_metrics(
         "shuffled": tracking.shuffle_links(tracks, seed=_CONTROL_SEED),
         "random_decoders": follow(kept, random, config),
     }
-    return {name: tracking.divergence_metrics(control) for name, control in controls.items()}
+    metrics = {name: tracking.divergence_metrics(control) for name, control in controls.items()}
+    return metrics | {"neurons": families.neuron_metrics(kept, config)}
+
+
+def read_concepts(workdir: Path) -> Int[np.ndarray, "L F"]:
+    """Return the concept of each latent of a run's suite."""
+    decoders = sae.Decoders(workdir / "saes")
+    n_layers, n_latents = len(decoders), len(decoders[0])
+    return np.arange(n_layers * n_latents).reshape(n_layers, n_latents)
 
 
 def follow(kept: Features, decoders: Decoders, config: TrackingConfig) -> tracking.Tracks:
@@ -64,21 +75,7 @@ def follow(kept: Features, decoders: Decoders, config: TrackingConfig) -> tracki
     Raises:
         InputError: the position was not kept, or a checkpoint file is damaged.
     """
-    return follow_latents(*kept.at(config.position), decoders, config)
-
-
-def follow_latents(
-    feature_ids: Int[np.ndarray, "N L K"],
-    activations: Float[np.ndarray, "N L K"],
-    decoders: Decoders,
-    config: TrackingConfig,
-) -> tracking.Tracks:
-    """Track the first `config.top_k` of the kept latents with the config's tracker."""
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(tracking.TrackerConfig)}
-    k = config.top_k
-    return tracking.track(
-        feature_ids[..., :k], activations[..., :k].astype(np.float64), decoders, tracking.TrackerConfig(**settings)
-    )
+    return families.follow_latents(*kept.at(config.position), decoders, config)
 
 
 def _keep_features(config: RunConfig, context: Context) -> Features:
@@ -118,6 +115,7 @@ def _identity(config: RunConfig, workdir: Path) -> dict[str, Any]:
     files = ("answers.jsonl", "saes/evaluation.json")
     return {
         "settings": config.select("model", "features"),
+        "arrays": [field.name for field in dataclasses.fields(Features)],
         "model": stages.source_digests(STAGES["answer"], config)["model"],
         "inputs": {name: artifacts.sha256_file(workdir / name) for name in files},
     }

@@ -21,9 +21,7 @@ ALIGNED = 3.0  # standard deviations 1/sqrt(D) of the cosine of random direction
 _BLOCK = 1024  # decoder rows in float64 at a time
 
 
-def late_births(
-    tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray, "N D"]
-) -> Float[np.ndarray, "N 9"]:
+def late_births(tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N 9"]:
     """Return how far what is born late in each sample points at its emitted token, columns `LATE_BIRTH_COLUMNS`.
 
     Late births are tracks born in the last third of the layers. A latent's alignment is the cosine of its decoder row

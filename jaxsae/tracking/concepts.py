@@ -45,14 +45,15 @@ def _third(layers: Int[np.ndarray, " X"], n_layers: int) -> Int[np.ndarray, " X"
     return 3 * layers // n_layers
 
 
-def _column(
-    event: Int[np.ndarray, " X"], concept: Int[np.ndarray, " X"], n_concepts: int
-) -> Int[np.ndarray, " X"]:
+def _column(event: Int[np.ndarray, " X"], concept: Int[np.ndarray, " X"], n_concepts: int) -> Int[np.ndarray, " X"]:
     return event * n_concepts + concept
 
 
 def _largest(
-    rows: Int[np.ndarray, " X"], columns: Int[np.ndarray, " X"], entries: Float[np.ndarray, " X"], shape: tuple[int, int]
+    rows: Int[np.ndarray, " X"],
+    columns: Int[np.ndarray, " X"],
+    entries: Float[np.ndarray, " X"],
+    shape: tuple[int, int],
 ) -> sp.csr_matrix:
     """Return the matrix of the largest entry at each place."""
     order = np.lexsort((entries, columns, rows))

@@ -1,5 +1,7 @@
 """Families of track features, each against a plain loop over tracks, layers and observations."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -61,7 +63,7 @@ def test_link_costs__are_those_of_the_associations_that_were_made(followed):
         seen = observations(tracks, track)
         at = tracks.observation_offsets[track]
         assert np.isnan(found[at])
-        expected = plain_costs(decoders, config, zip(seen[:-1], seen[1:], strict=True))
+        expected = plain_costs(decoders, config, itertools.pairwise(seen))
         np.testing.assert_allclose(found[at + 1 : at + len(seen)], expected, rtol=1e-12)
         n_links += len(expected)
     assert n_links > 50
@@ -80,9 +82,7 @@ def test_layer_profiles__equal_a_plain_loop(followed):
         mine = [observations(tracks, track) for track in tracks_of(tracks, n)]
         lives = [(tracks.birth[track], tracks.death[track]) for track in tracks_of(tracks, n)]
         for layer in range(L):
-            into = [
-                pair for seen in mine for pair in zip(seen[:-1], seen[1:], strict=True) if pair[1][0] == layer
-            ]
+            into = [pair for seen in mine for pair in itertools.pairwise(seen) if pair[1][0] == layer]
             costs = plain_costs(decoders, config, into) or [0.5]
             assert row[f"match_cost_mean_{layer:02d}"] == pytest.approx(np.mean(costs), abs=1e-12)
             assert row[f"match_cost_min_{layer:02d}"] == pytest.approx(min(costs), abs=1e-12)
