@@ -15,7 +15,7 @@ from jaxsae.pipeline import stages
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.stages import STAGES, Context
 from jaxsae.progress import Progress
-from jaxsae.tracking.tracks import Decoders
+from jaxsae.tracking.links import Decoders
 
 _CONTROL_SEED = 0  # of shuffled links and random decoders: the same in every run, so that runs compare
 

@@ -8,16 +8,30 @@ Not done here: finding the latents (`features`) and learning from the table (`de
 from jaxsae.tracking.associate import TrackerConfig
 from jaxsae.tracking.controls import RandomDecoders, shuffle_links
 from jaxsae.tracking.cut import leave_one_out
+from jaxsae.tracking.links import (
+    CorpusLatents,
+    LinkGraph,
+    concept_spans,
+    concepts,
+    link_by_coactivation,
+    link_by_weights,
+)
 from jaxsae.tracking.metrics import DIVERGENCE_COLUMNS, divergence_metrics
 from jaxsae.tracking.tracks import Tracks, track
 
 __all__ = [
     "DIVERGENCE_COLUMNS",
+    "CorpusLatents",
+    "LinkGraph",
     "RandomDecoders",
     "TrackerConfig",
     "Tracks",
+    "concept_spans",
+    "concepts",
     "divergence_metrics",
     "leave_one_out",
+    "link_by_coactivation",
+    "link_by_weights",
     "shuffle_links",
     "track",
 ]
