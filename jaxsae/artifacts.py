@@ -303,8 +303,9 @@ class Features:
         activations: their activations, descending, in residual units; 0 in empty slots.
         resid: the residual stream at `RESID_POSITIONS`.
         recon_error: squared SAE error over squared distance from the SAE's b_dec, per position.
-        token_direction: how the logit of the answer's first token, less the mean logit, changes with the last layer's
-            residual stream at the last prompt token, logits per residual unit; zeros for an empty answer.
+        token_directions: of the answer's first token, and of the one that the model ranked highest of all others there:
+            how its logit, less the mean logit, changes with the last layer's residual stream at the last prompt token,
+            logits per residual unit; zeros for an empty answer.
         logprobs: all answers' token log-probabilities in one row, nats.
         offsets: answer n's log-probabilities are `logprobs[offsets[n]:offsets[n + 1]]`.
     """
@@ -315,7 +316,7 @@ class Features:
     activations: Float[np.ndarray, "N L P K"]
     resid: Float[np.ndarray, "N L 3 D"]
     recon_error: Float[np.ndarray, "N L P"]
-    token_direction: Float[np.ndarray, "N D"]
+    token_directions: Float[np.ndarray, "N 2 D"]
     logprobs: Float[np.ndarray, " tokens"]
     offsets: Int[np.ndarray, " N+1"]
 
@@ -360,7 +361,7 @@ def read_features(path: str | os.PathLike) -> Features:
     if "resid" not in arrays:
         arrays["resid"] = _read_overflow(_overflow_path(path), f"{rebuild} --redo")
     n = len(arrays["ids"])
-    for name in ("feature_ids", "activations", "resid", "recon_error", "token_direction"):
+    for name in ("feature_ids", "activations", "resid", "recon_error", "token_directions"):
         if len(arrays[name]) != n:
             raise InputError(f"{path} holds {n} ids but {len(arrays[name])} rows of {name}; {rebuild}")
     fields: dict[str, Any] = {name: arrays[name] for name in names}

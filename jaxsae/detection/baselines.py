@@ -36,7 +36,8 @@ TEXT_DETECTORS = ("question_tfidf", "answer_tfidf", "question_answer_tfidf")
 NOISE_CANARY = "noise_canary"
 STACKS = ("stack", "stack_tracks")
 STACK_DEFINITIONS = {
-    "stack": "logistic regression on the out-of-fold scores of the log-prob family and the three residual probes",
+    "stack": "logistic regression or boosting, chosen by inner validation, on the out-of-fold scores of the log-prob "
+    "family and the three residual probes",
     "stack_tracks": "the stack with the out-of-fold scores of the detectors of every track family besides",
 }
 DETECTORS = (

@@ -23,6 +23,7 @@ from jaxsae.detection.baselines import (
 from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.curves import Point, curve_rows, label_points
 from jaxsae.detection.nesting import (
+    STACK_CHOICES,
     Nested,
     Verdicts,
     hold_out_baseline,
@@ -141,7 +142,7 @@ def evaluate(tables: Tables, config: ProtocolConfig, *, progress: Progress | Non
         differences=compare(tables, config, scores, resampled),
         ablations=ablations,
         curves=curves,
-        counts=_counts(tables, config, baselines, nested, [canary, permutation, *on_curves.values()]),
+        counts=_counts(tables, baselines, nested, [canary, permutation, *on_curves.values()]),
         splits=describe_splits(tables, folds),
         config=dataclasses.asdict(config),
     )
@@ -253,7 +254,7 @@ def _detection_row(
         **{f"{key}_isotonic": value for key, value in stepped.items()},
         **statistics.risk_coverage(scores, labels),
         **statistics.decision_metrics(np.stack([verdicts[name, repeat].decisions for repeat in repeats]), labels),
-        "n_choices": 1 if name in STACKS else len(baselines[name].choices),
+        "n_choices": len(STACK_CHOICES if name in STACKS else baselines[name].choices),
         "chosen": [
             {"repeat": repeat, "fold": fold, **choice._asdict()}
             for repeat in repeats
@@ -290,7 +291,6 @@ def _control_rows(
 
 def _counts(
     tables: Tables,
-    config: ProtocolConfig,
     baselines: Mapping[str, Baseline],
     nested: Mapping[tuple[str, int], Nested],
     others: Sequence[Control | Nested],
@@ -312,8 +312,7 @@ def _counts(
             }
             for category in sorted(set(tables.categories))
         },
-        "choices_tried": sum(len(baselines[name].choices) for name in fitted - set(STACKS)),
-        "method_choices": len(baselines[config.method].choices) if config.method not in STACKS else 1,
+        "choices_tried": sum(len(STACK_CHOICES if name in STACKS else baselines[name].choices) for name in fitted),
         "fits": sum(each.n_fits for each in counted),
         "unconverged_fits": sum(each.n_unconverged for each in counted),
     }

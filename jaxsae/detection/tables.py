@@ -58,7 +58,7 @@ class Tables:
         track_families: further features of tracks, by name among `TRACK_FAMILIES`, as far as they were made: "prompt"
             (the metrics of tracks at the last token of the prompt), "profiles" (match costs, births, deaths and what is
             left unexplained, by layer; SAE errors), "concepts" (bags of the chains of latents that tracks carry, are
-            born in and end in), "late_births" (what is born late and points at the emitted token).
+            born in and end in), "late_births" (what is born late and points at the emitted token or its best rival).
     """
 
     ids: tuple[str, ...]

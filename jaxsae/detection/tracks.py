@@ -87,7 +87,8 @@ def _dense_family(settings: Settings, name: str) -> Baseline:
         "prompt": "the track metrics at the last token of the prompt, before anything was said",
         "profiles": "profiles of the tracks by layer (match costs, births, deaths, activation that no track of two "
         "layers explains) and the SAE's error there",
-        "late_births": "tracks born in the last third of the layers: how far they point at the emitted token",
+        "late_births": "tracks born in the last third of the layers: how far they point at the emitted token and at "
+        "the best other one",
     }
     return Baseline(
         name=f"tracks_{name}",

@@ -66,7 +66,7 @@ def read_ablated(
             for one, logprobs, entropies in zip(again, *scores, strict=True)
         ]
         check_finite(parts[-1]["resid"], again)
-        parts[-1]["token_direction"] = token_directions(lm, last[:, 0], again)
+        parts[-1]["token_directions"] = token_directions(lm, last[:, 0], again)
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return tuple(answers), make_features(answers, arrays, names)
 

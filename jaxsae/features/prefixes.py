@@ -111,7 +111,7 @@ def read_prefixes(lm: LanguageModel, suite: SaeSuite, answer: Answer, *, keep: i
         token_features.append(sp.csr_matrix(np.asarray(feats)[: 1 + place.n_answer]))
     arrays = {name: np.stack([part[name] for part in parts], axis=1) for name in parts[0]}
     check_finite(arrays["resid"], cuts)
-    arrays["token_direction"] = np.repeat(token_directions(lm, rows[-1, :1], [answer]), len(cuts), axis=0)
+    arrays["token_directions"] = np.repeat(token_directions(lm, rows[-1, :1], [answer]), len(cuts), axis=0)
     return Reading(cuts, make_features(cuts, arrays, names), tuple(token_features))
 
 

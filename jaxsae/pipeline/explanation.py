@@ -230,7 +230,7 @@ def _repeat_last(kept: Features, n: int) -> Features:
         feature_ids=np.repeat(kept.feature_ids[-1:], n, axis=0),
         activations=np.repeat(kept.activations[-1:], n, axis=0),
         recon_error=np.repeat(kept.recon_error[-1:], n, axis=0),
-        token_direction=np.repeat(kept.token_direction[-1:], n, axis=0),
+        token_directions=np.repeat(kept.token_directions[-1:], n, axis=0),
     )
 
 

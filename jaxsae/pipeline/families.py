@@ -12,9 +12,10 @@ from jaxsae import tracking
 from jaxsae.artifacts import RESID_POSITIONS, Features, InputError
 from jaxsae.config import TrackingConfig
 from jaxsae.detection import Family
-from jaxsae.tracking.tracks import Decoders
+from jaxsae.tracking.links import Decoders
 
 _PROMPT = "last_prompt"  # where the answer's first token is chosen
+_TOKENS = ("the emitted token", "the best other token")  # of `Features.token_directions`
 _NEURON_POSITION = "last_answer"  # where `neurons` looks if the tracked position keeps no residual stream
 _CONCEPT_PARTS = ("data", "indices", "indptr", "shape")
 
@@ -45,7 +46,7 @@ def make_families(
     """Return every family of the answers' tracks, by name; "prompt" only if the last token of the prompt was kept.
 
     Profiles and concepts are those of the tracked position; late births are looked at there and at the last token of
-    the prompt, which has tracks of its own.
+    the prompt, which has tracks of its own: how far they point at the token that was emitted, and at its best rival.
 
     Args:
         tracks: those of `kept` at the tracked position, or what is left of them.
@@ -64,8 +65,11 @@ def make_families(
     by_position = {config.position: tracks}
     if _PROMPT in kept.positions and config.position != _PROMPT:
         by_position[_PROMPT] = follow_latents(*kept.at(_PROMPT), decoders, config)
-    births = [tracking.late_births(each, decoders, kept.token_direction) for each in by_position.values()]
-    names = [f"{name} at {position}" for position in by_position for name in tracking.LATE_BIRTH_COLUMNS]
+    births, names = [], []
+    for position, followed in by_position.items():
+        for index, token in enumerate(_TOKENS):
+            births.append(tracking.late_births(followed, decoders, kept.token_directions[:, index]))
+            names += [f"{name} at {position} for {token}" for name in tracking.LATE_BIRTH_COLUMNS]
     at_prompt = by_position.get(_PROMPT)
     prompt = None if at_prompt is None else tracking.divergence_metrics(at_prompt)
     return ({} if prompt is None else {"prompt": Family(prompt, tracking.DIVERGENCE_COLUMNS)}) | {

@@ -318,7 +318,7 @@ def _whole(readings: Sequence[Any]) -> tuple[list[Answer], Features]:
     answers = [dataclasses.replace(one.cuts[-1], id=str(row)) for row, one in enumerate(readings, start=1)]
     arrays = {
         name: np.concatenate([getattr(one.features, name)[-1:] for one in readings])
-        for name in ("feature_ids", "activations", "resid", "recon_error", "token_direction")
+        for name in ("feature_ids", "activations", "resid", "recon_error", "token_directions")
     }
     return answers, make_features(answers, arrays, readings[0].features.positions)
 

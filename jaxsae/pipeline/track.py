@@ -15,7 +15,7 @@ from jaxsae.pipeline import families, stages
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.stages import STAGES, Context
 from jaxsae.progress import Progress
-from jaxsae.tracking.tracks import Decoders
+from jaxsae.tracking.links import Decoders
 
 _CONTROL_SEED = 0  # of shuffled links and random decoders: the same in every run, so that runs compare
 
@@ -65,8 +65,9 @@ def _control_metrics(
 def read_concepts(workdir: Path) -> Int[np.ndarray, "L F"]:
     """Return the concept of each latent of a run's suite."""
     decoders = sae.Decoders(workdir / "saes")
-    n_layers, n_latents = len(decoders), len(decoders[0])
-    return np.arange(n_layers * n_latents).reshape(n_layers, n_latents)
+    if len(decoders) < 2:
+        return np.arange(len(decoders[0]))[None]
+    return tracking.concepts(tracking.link_by_weights(decoders, 1))
 
 
 def follow(kept: Features, decoders: Decoders, config: TrackingConfig) -> tracking.Tracks:

@@ -7,10 +7,18 @@ Not done here: finding the latents (`features`) and learning from the table (`de
 """
 
 from jaxsae.tracking.associate import TrackerConfig
+from jaxsae.tracking.bags import CONCEPT_EVENTS, concept_bags
 from jaxsae.tracking.births import LATE_BIRTH_COLUMNS, late_births
-from jaxsae.tracking.concepts import CONCEPT_EVENTS, concept_bags
 from jaxsae.tracking.controls import RandomDecoders, SignedCoordinates, largest_coordinates, shuffle_links
 from jaxsae.tracking.cut import leave_one_out
+from jaxsae.tracking.links import (
+    CorpusLatents,
+    LinkGraph,
+    concept_spans,
+    concepts,
+    link_by_coactivation,
+    link_by_weights,
+)
 from jaxsae.tracking.metrics import DIVERGENCE_COLUMNS, divergence_metrics
 from jaxsae.tracking.profiles import layer_profiles, link_costs, profile_columns
 from jaxsae.tracking.tracks import Tracks, track
@@ -19,16 +27,22 @@ __all__ = [
     "CONCEPT_EVENTS",
     "DIVERGENCE_COLUMNS",
     "LATE_BIRTH_COLUMNS",
+    "CorpusLatents",
+    "LinkGraph",
     "RandomDecoders",
     "SignedCoordinates",
     "TrackerConfig",
     "Tracks",
     "concept_bags",
+    "concept_spans",
+    "concepts",
     "divergence_metrics",
     "largest_coordinates",
     "late_births",
     "layer_profiles",
     "leave_one_out",
+    "link_by_coactivation",
+    "link_by_weights",
     "link_costs",
     "profile_columns",
     "shuffle_links",

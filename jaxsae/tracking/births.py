@@ -1,10 +1,11 @@
-"""Late births that point at the token which was emitted: what the last third of the layers adds, by the logit lens."""
+"""Late births that point at a token, the emitted one or a rival: what the last layers add, by the logit lens."""
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxsae.tracking.links import Decoders
 from jaxsae.tracking.profiles import late_layers, owners
-from jaxsae.tracking.tracks import Decoders, Tracks
+from jaxsae.tracking.tracks import Tracks
 
 LATE_BIRTH_COLUMNS = (
     "late_births",
@@ -22,7 +23,7 @@ _BLOCK = 1024  # decoder rows in float64 at a time
 
 
 def late_births(tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N 9"]:
-    """Return how far what is born late in each sample points at its emitted token, columns `LATE_BIRTH_COLUMNS`.
+    """Return how far what is born late in each sample points at its token, columns `LATE_BIRTH_COLUMNS`.
 
     Late births are tracks born in the last third of the layers. A latent's alignment is the cosine of its decoder row
     with the token's direction, its contribution their product times the activation, in logits. Columns: their number
@@ -33,8 +34,9 @@ def late_births(tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray
 
     Args:
         decoders: those the tracks were followed with; each layer is read once, in order.
-        directions: how the token's logit changes with the residual stream that chose it (`Features.token_direction`);
-            zeros for a sample that emitted nothing. What later layers would make of a latent is left out.
+        directions: how the token's logit changes with the last layer's residual stream where it was chosen (one of
+            `Features.token_directions`): the final norm is in it to first order. What later layers would make of a
+            latent is left out. Zeros for a sample that emitted nothing.
     """
     alignment, contribution = _attribute(tracks, decoders, directions)
     n, n_layers, sample = tracks.n_samples, tracks.n_layers, owners(tracks)[1]

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxsae.tracking.tracks import Decoders, Tracks
+from jaxsae.tracking.links import Decoders
+from jaxsae.tracking.tracks import Tracks
 
 
 def shuffle_links(tracks: Tracks, *, seed: int) -> Tracks:

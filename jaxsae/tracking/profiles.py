@@ -4,8 +4,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxsae.tracking.associate import TrackerConfig, pair_costs
+from jaxsae.tracking.links import Decoders
 from jaxsae.tracking.metrics import count_living
-from jaxsae.tracking.tracks import Decoders, Tracks
+from jaxsae.tracking.tracks import Tracks
 
 LAYER_PROFILES = ("match_cost_mean", "match_cost_min", "births", "deaths", "living", "unexplained", "sae_error")
 SAE_ERROR_SUMMARIES = ("mean", "std", "max", "min", "final", "growth", "argmax_layer", "late_ratio")

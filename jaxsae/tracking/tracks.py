@@ -7,7 +7,7 @@ those, memory is the input, the output and a few arrays [N, K].
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,21 +21,13 @@ from jaxsae.tracking.associate import (
     decisive_cosines,
     pair_costs,
 )
+from jaxsae.tracking.links import Decoders
 
 PAIR_BYTES = 8 * 2**20  # cost matrices of a block of samples; larger ones were not faster
 VECTOR_BYTES = 2 * 2**20
 DOT_ROWS = 128  # vectors gathered for float64 sums at a time: they stay in the cache
 SINGLE_NORMS = (1e-12, 1e12)  # between these a product of two float32 vectors neither overflows nor vanishes
 FEW_PAIRS = 0.06  # share of the pairs up to which single dot products are cheaper than a float64 matrix product
-
-
-@runtime_checkable
-class Decoders(Protocol):
-    """L decoder matrices [F, D]: an array, a list, or anything that reads one layer when indexed."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, layer: int, /) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)

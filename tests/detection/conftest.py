@@ -80,7 +80,7 @@ def make_inputs(*, n_groups: int = 60, per_group: int = 2, seed: int = 0) -> Inp
         activations=activations.astype(np.float32),
         resid=rng.normal(size=(n, N_LAYERS, 3, WIDTH)).astype(np.float16),
         recon_error=rng.random(slots).astype(np.float32),
-        token_direction=np.zeros((n, WIDTH), np.float32),
+        token_directions=np.zeros((n, 2, WIDTH), np.float32),
         logprobs=np.array([value for answer in answers for value in answer.logprobs]),
         offsets=np.concatenate([[0], np.cumsum([len(answer.answer_ids) for answer in answers])]),
     )

@@ -346,8 +346,8 @@ def test_counts__add_up(tables, results):
     assert counts["empty_answers"] == tables.n_empty
     assert sum(sum(category.values()) for category in counts["categories"].values()) == 120
     assert counts["unconverged_fits"] == 0
-    assert counts["choices_tried"] == 18 + 3 * 3 + 2 * 3 + 3 * 3 + len(METHOD_CHOICES)
-    assert counts["method_choices"] == len(METHOD_CHOICES)
+    # Single ones, three probes and two SAE detectors of three layers, three families, the method, two stacks.
+    assert counts["choices_tried"] == 18 + 3 * 3 + 2 * 3 + 3 * 3 + len(METHOD_CHOICES) + 2 * 2
     # Per repeat with 4 folds: 4 inner + 4 outer for one setting, 3 x 4 + 4 for three layers; the L1 detector's inner
     # fits depend on the layers chosen.
     assert counts["fits"] > 2 * (16 * 8 + 4 * 16)

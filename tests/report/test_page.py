@@ -298,3 +298,14 @@ def test_importing_report__loads_neither_matplotlib_nor_scikit_learn_nor_jax():
     root = Path(report.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_pages__say_what_was_chosen_of_how_many_and_what_each_family_adds(written):
+    for name in ("report.md", "report.html"):
+        page = (written / name).read_text(encoding="utf-8")
+        assert "what its inner validation chose of 20 configurations" in page
+        assert "All detectors together tried 61 configurations." in page
+        assert "In each fold the method is the best of 20 in inner validation." in page
+        assert "prompt, late_births" in page
+        assert "82 in 100 of them held 0.5" in page
+        assert "Beside the other families" in page

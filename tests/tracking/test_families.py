@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxsae import tracking
+from jaxsae.tracking.bags import CONCEPT_EVENTS
 from jaxsae.tracking.births import ALIGNED
-from jaxsae.tracking.concepts import CONCEPT_EVENTS
 from jaxsae.tracking.profiles import LAYER_PROFILES, SAE_ERROR_SUMMARIES
 
 N, L, K, F, D = 9, 7, 5, 23, 6
