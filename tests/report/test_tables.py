@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
