@@ -1,4 +1,7 @@
-"""Phase 3, second half: answers to SAE features (`features.npz`) and tracks through the layers (`tracks.npz`)."""
+"""Phase 3, second half: answers to SAE features (`features.npz`) and tracks through the layers (`tracks.npz`).
+
+Before the tracks, the graph of latents that are alike in neighbouring layers (`links.npz`), once for a suite.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -9,10 +12,10 @@ from absl import logging
 from jaxtyping import Float, Int
 
 from jaxsae import artifacts, features, sae, tracking
-from jaxsae.artifacts import Features, InputError
+from jaxsae.artifacts import Features
 from jaxsae.config import RunConfig, TrackingConfig
 from jaxsae.pipeline import stages
-from jaxsae.pipeline.extract import load_model
+from jaxsae.pipeline.links import Machinery, keep_links
 from jaxsae.pipeline.stages import STAGES, Context
 from jaxsae.progress import Progress
 from jaxsae.tracking.links import Decoders
@@ -21,12 +24,14 @@ _CONTROL_SEED = 0  # of shuffled links and random decoders: the same in every ru
 
 
 def run(config: RunConfig, context: Context) -> None:
-    """Write both files; features that are still those of this model, suite and answers are not computed again.
+    """Write the files; features and links that are still those of this model, suite and answers are not made again.
 
     Raises:
         InputError: suite, answers and model do not belong together, or a checkpoint file is damaged.
     """
-    kept = _keep_features(config, context)
+    machinery = Machinery(config, context.workdir)
+    kept = _keep_features(config, context, machinery)
+    links = keep_links(config, context, machinery)
     tracks = follow(kept, sae.Decoders(context.workdir / "saes"), config.tracking)
     table = tracking.divergence_metrics(tracks)
     controls = _control_metrics(kept, tracks, context.workdir / "saes", config.tracking)
@@ -81,7 +86,7 @@ def follow_latents(
     )
 
 
-def _keep_features(config: RunConfig, context: Context) -> Features:
+def _keep_features(config: RunConfig, context: Context, machinery: Machinery) -> Features:
     """Return the features, from the file if they are still valid, else computed and written with their identity."""
     path, identity_path = context.workdir / "features.npz", context.workdir / "manifests" / "features.json"
     identity = _identity(config, context.workdir)
@@ -90,19 +95,11 @@ def _keep_features(config: RunConfig, context: Context) -> Features:
         if have["identity"] == identity and have["sha256"] == artifacts.sha256_file(path):
             logging.info("features.npz is up to date")
             return artifacts.read_features(path)
-    lm = load_model(config.model)
-    about = artifacts.read_json(context.workdir / "saes" / "suite.json", rebuild="run jaxsae train")
-    if about["model_fingerprint"] != lm.fingerprint:
-        raise InputError(
-            f"saes/ are of {about['model']} (fingerprint {about['model_fingerprint'][:12]}), the config's model is "
-            f"{lm.name} ({lm.fingerprint[:12]}); use the model and model.dtype they were trained on"
-        )
-    suite = sae.load(context.workdir / "saes", arrays="jax")
     answers = artifacts.read_answers(context.workdir / "answers.jsonl")
     with Progress("features", len(answers), "answers") as bar:
         kept = features.encode_answers(
-            lm,
-            suite,
+            machinery.lm,
+            machinery.suite,
             answers,
             keep=config.features.keep,
             positions=config.features.positions,
