@@ -330,6 +330,17 @@ class Features:
         index = self.positions.index(position)
         return self.feature_ids[:, :, index], self.activations[:, :, index]
 
+    def last(self, n_layers: int) -> "Features":
+        """Return the last answer alone, and of it the first layers."""
+        layered = ("feature_ids", "activations", "resid", "recon_error")
+        return Features(
+            ids=self.ids[-1:],
+            positions=self.positions,
+            logprobs=self.logprobs[self.offsets[-2] :],
+            offsets=self.offsets[-2:] - self.offsets[-2],
+            **{name: getattr(self, name)[-1:, :n_layers] for name in layered},
+        )
+
 
 def write_features(path: str | os.PathLike, features: Features) -> None:
     """Write `features.npz`; a `resid` above `OVERFLOW_BYTES` goes to a tensorstore `features.resid.zarr` beside it."""

@@ -186,7 +186,10 @@ class FeaturesConfig:
 class TrackingConfig:
     """How features are followed through the layers (docs: `jaxsae.tracking.TrackerConfig`)."""
 
-    position: str = _field("last_answer", "the kept position that is tracked")
+    position: str = _field(
+        "last_answer",
+        "the kept position that is tracked; answer_tokens: each token of the answer, the metrics pooled over them",
+    )
     top_k: int = _field(50, "latents of each layer that are tracked")
     association: str = _field("hungarian", "hungarian, greedy, links, feature_id or none")
     birth_threshold: float = _field(0.5, "activation above which an unmatched feature starts a track")

@@ -12,14 +12,16 @@ from absl import logging
 from jaxtyping import Float, Int
 
 from jaxsae import artifacts, features, sae, tracking
-from jaxsae.artifacts import Features
+from jaxsae.artifacts import Features, InputError
 from jaxsae.config import RunConfig, TrackingConfig
 from jaxsae.pipeline import stages
-from jaxsae.pipeline.links import Machinery, keep_links
+from jaxsae.pipeline.links import Machinery, keep_links, needs_links
 from jaxsae.pipeline.stages import STAGES, Context
 from jaxsae.progress import Progress
 from jaxsae.tracking.links import Decoders
 
+TOKENS = "answer_tokens"  # the position that is each of the answer's tokens
+_BLOCK = 16_384  # tokens followed together: their latents are copied
 _CONTROL_SEED = 0  # of shuffled links and random decoders: the same in every run, so that runs compare
 
 
@@ -32,44 +34,100 @@ def run(config: RunConfig, context: Context) -> None:
     machinery = Machinery(config, context.workdir)
     kept = _keep_features(config, context, machinery)
     links = keep_links(config, context, machinery)
-    tracks = follow(kept, sae.Decoders(context.workdir / "saes"), config.tracking)
-    table = tracking.divergence_metrics(tracks)
-    controls = _control_metrics(kept, tracks, context.workdir / "saes", config.tracking)
+    use = links if needs_links(config.tracking) else None
+    tracks, offsets = follow_all(kept, sae.Decoders(context.workdir / "saes"), config.tracking, links=use)
+    controls = _controls(kept, tracks, context.workdir / "saes", config.tracking, use)
+    per_token = {"token_offsets": offsets} if config.tracking.position == TOKENS else {}
     artifacts.write_npz(
         context.workdir / "tracks.npz",
         {
             **tracks.arrays(),
+            **per_token,
             "ids": np.array(kept.ids),
             "position": np.array(config.tracking.position),
-            "metrics": table,
-            "metric_names": np.array(tracking.DIVERGENCE_COLUMNS),
+            "metrics": measure(tracks, offsets, config.tracking),
+            "metric_names": np.array(metric_names(config.tracking)),
             "control_names": np.array(list(controls)),
-            "control_metrics": np.stack(list(controls.values())),
+            "control_metrics": np.stack([measure(each, offsets, config.tracking) for each in controls.values()]),
         },
     )
     context.details = f"{len(kept.ids)} answers, {len(tracks.birth) / len(kept.ids):.1f} tracks each"
 
 
-def _control_metrics(
-    kept: Features, tracks: tracking.Tracks, suite_dir: Path, config: TrackingConfig
-) -> dict[str, np.ndarray]:
-    """Return the metrics [N Q] of tracks that should know less than the real ones, by the control's name."""
+def _controls(
+    kept: Features, tracks: tracking.Tracks, suite_dir: Path, config: TrackingConfig, links: tracking.LinkGraph | None
+) -> dict[str, tracking.Tracks]:
+    """Return tracks that should know less than the real ones, by the control's name."""
     random = tracking.RandomDecoders(sae.Decoders(suite_dir), _CONTROL_SEED)
-    controls = {
-        "none": follow(kept, sae.Decoders(suite_dir), dataclasses.replace(config, association="none")),
+    unlinked = dataclasses.replace(config, association="none", null="none")
+    if config.association == "links" and links is not None:
+        aimless = follow_all(kept, random, config, links=tracking.relabel_links(links, seed=_CONTROL_SEED))[0]
+    else:  # of random directions the two nulls are one
+        null = "none" if config.null == "none" else "random_pairs"
+        aimless = follow_all(kept, random, dataclasses.replace(config, null=null))[0]
+    return {
+        "none": follow_all(kept, sae.Decoders(suite_dir), unlinked)[0],
         "shuffled": tracking.shuffle_links(tracks, seed=_CONTROL_SEED),
-        "random_decoders": follow(kept, random, config),
+        "random_decoders": aimless,
     }
-    return {name: tracking.divergence_metrics(control) for name, control in controls.items()}
 
 
-def follow(kept: Features, decoders: Decoders, config: TrackingConfig) -> tracking.Tracks:
-    """Track the features at one position, reading one layer's decoder at a time.
+def follow_all(
+    kept: Features, decoders: Decoders, config: TrackingConfig, *, links: tracking.LinkGraph | None = None
+) -> tuple[tracking.Tracks, Int[np.ndarray, " N_and_1"]]:
+    """Track the features at the config's position: a sample for each answer, or one for each of its tokens.
+
+    One layer's decoder is read at a time; of answers' tokens, `_BLOCK` are followed together.
+
+    Returns:
+        The tracks, and the offsets of each answer's samples.
 
     Raises:
         InputError: the position was not kept, or a checkpoint file is damaged.
     """
-    return follow_latents(*kept.at(config.position), decoders, config)
+    if config.position != TOKENS:
+        tracks = follow_latents(*kept.at(config.position), decoders, config, links=links)
+        return tracks, np.arange(tracks.n_samples + 1)
+    answers, places = _token_places(kept)
+    parts = [
+        follow_latents(
+            kept.feature_ids[answers[start : start + _BLOCK], :, places[start : start + _BLOCK]],
+            kept.activations[answers[start : start + _BLOCK], :, places[start : start + _BLOCK]],
+            decoders,
+            config,
+            links=links,
+        )
+        for start in range(0, len(answers), _BLOCK)
+    ]
+    return tracking.Tracks.concatenate(parts), np.searchsorted(answers, np.arange(len(kept.ids) + 1))
+
+
+def _token_places(kept: Features) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
+    """Return, for each kept token of each answer, the answer's row and the position's; an empty answer has one."""
+    numbers = [name.removeprefix("answer_") for name in kept.positions]
+    places = sorted((at for at, number in enumerate(numbers) if number.isdigit()), key=lambda at: int(numbers[at]))
+    if not places:
+        raise InputError(
+            f"features.npz keeps positions {', '.join(kept.positions)}, not {TOKENS}; add it to features.positions"
+        )
+    counts = np.clip(np.diff(kept.offsets), 1, len(places))
+    answers = np.repeat(np.arange(len(kept.ids)), counts)
+    within = np.arange(len(answers)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return answers, np.array(places)[within]
+
+
+def measure(
+    tracks: tracking.Tracks, offsets: Int[np.ndarray, " N_and_1"], config: TrackingConfig
+) -> Float[np.ndarray, "N Q"]:
+    """Return the metrics of what `follow_all` gave, a row for each answer; columns are `metric_names`."""
+    if config.position == TOKENS:
+        return tracking.pooled_metrics(tracks, offsets)
+    return tracking.divergence_metrics(tracks)
+
+
+def metric_names(config: TrackingConfig) -> tuple[str, ...]:
+    """Return the columns of `measure`."""
+    return tracking.POOLED_COLUMNS if config.position == TOKENS else tracking.DIVERGENCE_COLUMNS
 
 
 def follow_latents(
@@ -77,12 +135,14 @@ def follow_latents(
     activations: Float[np.ndarray, "N L K"],
     decoders: Decoders,
     config: TrackingConfig,
+    *,
+    links: tracking.LinkGraph | None = None,
 ) -> tracking.Tracks:
     """Track the first `config.top_k` of the kept latents with the config's tracker."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(tracking.TrackerConfig)}
     k = config.top_k
     return tracking.track(
-        feature_ids[..., :k], activations[..., :k].astype(np.float64), decoders, tracking.TrackerConfig(**settings)
+        feature_ids[..., :k], activations[..., :k], decoders, tracking.TrackerConfig(**settings), links=links
     )
 
 

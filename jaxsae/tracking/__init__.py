@@ -6,7 +6,7 @@ Not done here: finding the latents (`features`) and learning from the table (`de
 """
 
 from jaxsae.tracking.associate import TrackerConfig
-from jaxsae.tracking.controls import RandomDecoders, shuffle_links
+from jaxsae.tracking.controls import RandomDecoders, relabel_links, shuffle_links
 from jaxsae.tracking.cut import leave_one_out
 from jaxsae.tracking.links import (
     CorpusLatents,
@@ -17,10 +17,12 @@ from jaxsae.tracking.links import (
     link_by_weights,
 )
 from jaxsae.tracking.metrics import DIVERGENCE_COLUMNS, divergence_metrics
+from jaxsae.tracking.pooling import POOLED_COLUMNS, pooled_metrics
 from jaxsae.tracking.tracks import Tracks, track
 
 __all__ = [
     "DIVERGENCE_COLUMNS",
+    "POOLED_COLUMNS",
     "CorpusLatents",
     "LinkGraph",
     "RandomDecoders",
@@ -32,6 +34,8 @@ __all__ = [
     "leave_one_out",
     "link_by_coactivation",
     "link_by_weights",
+    "pooled_metrics",
+    "relabel_links",
     "shuffle_links",
     "track",
 ]

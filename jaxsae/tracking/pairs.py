@@ -153,12 +153,8 @@ def _alone(pairs: Pairs, n_rows: int, n_cols: int) -> Bool[np.ndarray, " pairs"]
     return (np.bincount(of_row)[of_row] == 1) & (np.bincount(of_col)[of_col] == 1)
 
 
-def _costs(
-    similarity: Float[np.ndarray, " pairs"],
-    before: Float[np.ndarray, " pairs"],
-    after: Float[np.ndarray, " pairs"],
-    config: TrackerConfig,
-) -> Float[np.ndarray, " pairs"]:
+def _costs(similarity: np.ndarray, before: np.ndarray, after: np.ndarray, config: TrackerConfig) -> np.ndarray:
+    """Return the costs of pairs by similarity and activations, in shapes that go together."""
     return config.semantic_weight * (1.0 - similarity) + config.activation_weight * activation_change(before, after)
 
 
@@ -357,7 +353,7 @@ class _Search:
         return total
 
     def _assign_rest(
-        self, assignment: Int[np.ndarray, "N K"], n: int, rows: Int[np.ndarray, " R"], cols: Int[np.ndarray, " K"]
+        self, assignment: Int[np.ndarray, "N K"], n: int, rows: Int[np.ndarray, " rows"], cols: Int[np.ndarray, " cols"]
     ) -> None:
         """Write the matches among some rows and columns of sample n, by exact costs of all their pairs."""
         tracks, features = self.tracks, self.features

@@ -6,7 +6,7 @@ the cosines of a block; beyond those, memory is the input, the output and a few 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,22 @@ class Tracks:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return every field as an array, for an .npz; `from_arrays` is the way back."""
         return {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Tracks"]) -> "Tracks":
+        """Return the samples of several, at least one, one after the other."""
+
+        def joined(offsets: list[np.ndarray]) -> np.ndarray:
+            ends = np.cumsum([0, *(part[-1] for part in offsets)])
+            return np.concatenate([[0], *(part[1:] + end for part, end in zip(offsets, ends, strict=False))])
+
+        flat = ("birth", "death", "layer", "feature_id", "activation")
+        return cls(
+            sample_offsets=joined([part.sample_offsets for part in parts]),
+            observation_offsets=joined([part.observation_offsets for part in parts]),
+            n_layers=parts[0].n_layers,
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in flat},
+        )
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Tracks":
