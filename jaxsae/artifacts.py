@@ -338,6 +338,18 @@ class Features:
         """Return the SAE errors at a position that `at` has."""
         return self.recon_error[:, :, self.positions.index(position)]
 
+    def last(self, n_layers: int) -> "Features":
+        """Return the last answer alone, and of it the first layers."""
+        layered = ("feature_ids", "activations", "resid", "recon_error")
+        return Features(
+            ids=self.ids[-1:],
+            positions=self.positions,
+            token_directions=self.token_directions[-1:],
+            logprobs=self.logprobs[self.offsets[-2] :],
+            offsets=self.offsets[-2:] - self.offsets[-2],
+            **{name: getattr(self, name)[-1:, :n_layers] for name in layered},
+        )
+
 
 def write_features(path: str | os.PathLike, features: Features) -> None:
     """Write `features.npz`; a `resid` above `OVERFLOW_BYTES` goes to a tensorstore `features.resid.zarr` beside it."""

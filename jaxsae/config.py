@@ -186,9 +186,12 @@ class FeaturesConfig:
 class TrackingConfig:
     """How features are followed through the layers (docs: `jaxsae.tracking.TrackerConfig`)."""
 
-    position: str = _field("last_answer", "the kept position that is tracked")
+    position: str = _field(
+        "last_answer",
+        "the kept position that is tracked; answer_tokens: each token of the answer, the metrics pooled over them",
+    )
     top_k: int = _field(50, "latents of each layer that are tracked")
-    association: str = _field("hungarian", "hungarian, greedy, feature_id or none")
+    association: str = _field("hungarian", "hungarian, greedy, links, feature_id or none")
     birth_threshold: float = _field(0.5, "activation above which an unmatched feature starts a track")
     association_threshold: float = _field(0.5, "association cost below which a pair matches")
     semantic_weight: float = _field(0.6, "weight of 1 - cosine of the decoder rows in the cost")
@@ -196,6 +199,20 @@ class TrackingConfig:
     gate: str = _field("before", "threshold before the assignment, or after it as in the published run")
     max_missed_layers: int = _field(0, "layers that a track may miss before it dies")
     normalise_activations: bool = _field(False, "divide an answer's activations in each layer by their mean")
+    null: str = _field(
+        "none",
+        "rescale cosines in each pair of layers so that 0 is what one in 1,000 unrelated pairs of latents exceeds: "
+        "random_pairs, or matched_activation (of equal rank on one corpus token); none: as they are",
+    )
+    links: str = _field(
+        "weights",
+        "the graph of like latents in links.npz: weights (by decoder rows, no text is read), coactivation (and by "
+        "firing together on the corpus) or none (not made); association=links and concepts need one",
+    )
+    links_per_latent: int = _field(16, "neighbours in the next layer that the graph keeps of each latent")
+    links_tokens: int = _field(
+        65_536, "coactivation: tokens read, the corpus's first; memory 8 L features.keep bytes each"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,8 +306,10 @@ _CHOICES = {
     "questions.format": ("auto", "jsonl", "csv", *QUESTION_SETS),
     "questions.answers": ("own", "given"),
     "questions.refusals": ("drop", "wrong"),
-    "tracking.association": ("hungarian", "greedy", "feature_id", "none"),
+    "tracking.association": ("hungarian", "greedy", "links", "feature_id", "none"),
     "tracking.gate": ("before", "after"),
+    "tracking.null": ("none", "random_pairs", "matched_activation"),
+    "tracking.links": ("weights", "coactivation", "none"),
 }
 
 # Smallest value allowed; fields named here may be unset where their type says so.
@@ -333,6 +352,8 @@ _AT_LEAST = {
     "features.keep": 1,
     "tracking.top_k": 1,
     "tracking.max_missed_layers": 0,
+    "tracking.links_per_latent": 1,
+    "tracking.links_tokens": 2,
     "detection.folds": 3,
     "detection.repeats": 1,
     "detection.bootstrap": 100,
@@ -507,6 +528,7 @@ def _check(config: RunConfig) -> None:
             f"tracking.top_k is {config.tracking.top_k} but features.keep is {config.features.keep}; "
             "keep at least as many latents as are tracked"
         )
+    _check_links(config.tracking)
     unknown = [name for name in config.features.positions if name not in _POSITIONS]
     if unknown or not config.features.positions:
         raise InputError(
@@ -526,6 +548,16 @@ def _check(config: RunConfig) -> None:
         raise InputError(
             f"tracking.position is {config.tracking.position}, which features.positions "
             f"({', '.join(config.features.positions)}) does not keep"
+        )
+
+
+def _check_links(config: TrackingConfig) -> None:
+    if config.association == "links" and config.links == "none":
+        raise InputError("tracking.association=links needs a link graph; set tracking.links=weights or coactivation")
+    if config.null == "matched_activation" and config.links != "coactivation":
+        raise InputError(
+            f"tracking.null=matched_activation is measured on a corpus, tracking.links is {config.links}; set "
+            "tracking.links=coactivation"
         )
 
 

@@ -173,6 +173,9 @@ def examples(workdir: Path, answers: list[Answer], scores: np.ndarray | None) ->
         return []
     arrays = artifacts.read_npz(workdir / "tracks.npz", rebuild="run jaxsae track")
     tracks = tracking.Tracks.from_arrays(arrays)
+    ends = arrays.get("token_offsets", np.arange(len(answers) + 1))[
+        1:
+    ]  # of answers' samples: the last token's is shown
     labels = np.array([answer.label for answer in answers])
     rows = []
     for label in (0, 1):
@@ -186,7 +189,7 @@ def examples(workdir: Path, answers: list[Answer], scores: np.ndarray | None) ->
                 "expected": " / ".join(answer.answers),
                 "label": label,
                 "score": float(scores[index]),
-                "tracks": _tracks_of(tracks, index),
+                "tracks": _tracks_of(tracks, int(ends[index]) - 1),
             }
         )
     return rows

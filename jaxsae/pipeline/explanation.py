@@ -103,9 +103,9 @@ class Reference:
 
     @classmethod
     def of(cls, answers: Sequence[Answer], kept: Features, position: str) -> "Reference":
-        """Align answers to the rows of their features."""
+        """Align answers to the rows of their features, at a position or, if it is no single one, the first kept."""
         by_id = {answer.id: answer for answer in answers}
-        ids, activations = kept.at(position)
+        ids, activations = kept.at(position if position in kept.positions else kept.positions[0])
         return cls([by_id[name] for name in kept.ids], ids, activations)
 
     def nearest_right(

@@ -9,7 +9,13 @@ Not done here: finding the latents (`features`) and learning from the table (`de
 from jaxsae.tracking.associate import TrackerConfig
 from jaxsae.tracking.bags import CONCEPT_EVENTS, concept_bags
 from jaxsae.tracking.births import LATE_BIRTH_COLUMNS, late_births
-from jaxsae.tracking.controls import RandomDecoders, SignedCoordinates, largest_coordinates, shuffle_links
+from jaxsae.tracking.controls import (
+    RandomDecoders,
+    SignedCoordinates,
+    largest_coordinates,
+    relabel_links,
+    shuffle_links,
+)
 from jaxsae.tracking.cut import leave_one_out
 from jaxsae.tracking.links import (
     CorpusLatents,
@@ -20,6 +26,7 @@ from jaxsae.tracking.links import (
     link_by_weights,
 )
 from jaxsae.tracking.metrics import DIVERGENCE_COLUMNS, divergence_metrics
+from jaxsae.tracking.pooling import POOLED_COLUMNS, pooled_metrics
 from jaxsae.tracking.profiles import layer_profiles, link_costs, profile_columns
 from jaxsae.tracking.tracks import Tracks, track
 
@@ -27,6 +34,7 @@ __all__ = [
     "CONCEPT_EVENTS",
     "DIVERGENCE_COLUMNS",
     "LATE_BIRTH_COLUMNS",
+    "POOLED_COLUMNS",
     "CorpusLatents",
     "LinkGraph",
     "RandomDecoders",
@@ -44,7 +52,9 @@ __all__ = [
     "link_by_coactivation",
     "link_by_weights",
     "link_costs",
+    "pooled_metrics",
     "profile_columns",
+    "relabel_links",
     "shuffle_links",
     "track",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxsae.tracking.links import Decoders
+from jaxsae.tracking.links import Decoders, LinkGraph
 from jaxsae.tracking.tracks import Tracks
 
 
@@ -48,6 +48,19 @@ def _follow(
         here = np.flatnonzero(tracks.layer == layer)
         new_owner[here] = new_owner[before[here]]
     return new_owner
+
+
+def relabel_links(links: LinkGraph, *, seed: int) -> LinkGraph:
+    """Give the latents of every layer but the first new numbers where links lead to them: drawn by the seed.
+
+    The links of a latent keep their number and strengths, but lead to others than those that are like it.
+    """
+    ids, parents = links.ids.copy(), links.parents.copy()
+    for layer in range(len(ids)):
+        new = np.random.default_rng([seed, 8, layer]).permutation(links.n_latents)
+        ids[layer] = np.where(ids[layer] >= 0, new[ids[layer]], -1)
+        parents[layer, new] = links.parents[layer]
+    return dataclasses.replace(links, ids=ids, parents=parents)
 
 
 @dataclasses.dataclass(frozen=True)
