@@ -59,6 +59,7 @@ def test_predict_proba__of_one_row_is_that_of_the_batch(inputs, planted, detecto
             "resid", "feature_ids", "activations", "track_metrics",
         )},
         track_controls={},
+        track_families={name: family[row : row + 1] for name, family in planted.track_families.items()},
     )  # fmt: skip
     assert len(features.ids) == 120
     np.testing.assert_allclose(detector.predict_proba(alone)[0], detector.predict_proba(planted)[row], rtol=1e-12)
@@ -98,6 +99,7 @@ def test_predict_proba__ignores_latents_that_training_never_had(planted, config)
         ({"resid": np.zeros((120, 3, 3, 6), dtype=np.float16)}, r"width 5, these have 6"),
         ({"positions": ("last_prompt", "pooled")}, r"positions .*last_answer.*, these have .*pooled"),
         ({"track_columns": tuple("abcdefg")}, r"track_columns .*metric_0.*, these have \['a', 'b'"),
+        ({"track_families": {}}, r"track_families .*'concepts': 40, .*, these have \{\}"),
     ],
 )
 def test_predict_proba__refuses_rows_of_another_model(planted, detector, changes, message):
