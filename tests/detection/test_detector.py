@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from jaxsae.artifacts import InputError, sha256_file
 from jaxsae.detection import DETECTORS, FittedDetector, fit_detector
 from jaxsae.detection.baselines import TEXT_DETECTORS
+from jaxsae.detection.tracks import CONTROLS
 
 
 @pytest.fixture(scope="module")
