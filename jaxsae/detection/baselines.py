@@ -34,7 +34,18 @@ LOGPROB_DETECTORS = (
 PROBES = tuple(f"probe_{position}" for position in RESID_POSITIONS)
 TEXT_DETECTORS = ("question_tfidf", "answer_tfidf", "question_answer_tfidf")
 NOISE_CANARY = "noise_canary"
-STACKS = ("stack", "stack_tracks")
+
+
+def stack_parts(families: Sequence[str]) -> tuple[str, ...]:
+    """Return the detectors whose scores a stack reads that knows these families of track features."""
+    tracks = (name for family in FAMILIES if family in families for name in FAMILY_DETECTORS[family])
+    return (*LOGPROB_DETECTORS, *PROBES, *tracks)
+
+
+STACKS = {  # a stack's name -> the detectors whose scores it reads where no family is left out
+    "stack": stack_parts(()),
+    "stack_tracks": stack_parts(FAMILIES),
+}
 STACK_DEFINITIONS = {
     "stack": "logistic regression or boosting, chosen by inner validation, on the out-of-fold scores of the log-prob "
     "family and the three residual probes",
@@ -53,12 +64,6 @@ DETECTORS = (
     *CONTROLS,
     *STACKS,
 )
-
-
-def stack_parts(families: Sequence[str]) -> tuple[str, ...]:
-    """Return the detectors whose scores a stack reads that knows these families of track features."""
-    tracks = (name for family in FAMILIES if family in families for name in FAMILY_DETECTORS[family])
-    return (*LOGPROB_DETECTORS, *PROBES, *tracks)
 
 
 def parts_of(name: str, families: Sequence[str]) -> tuple[str, ...]:
