@@ -37,7 +37,8 @@ def test_run__leaves_the_files_that_are_documented(finished):
     found = {path.name for path in finished.workdir.iterdir()}
     assert found == {
         *("activations", "saes", "logs", "manifests", "figures", "detector"),
-        *("answers.jsonl", "answers_summary.json", "features.npz", "tracks.npz", "predictions.csv", "metrics.json"),
+        *("answers.jsonl", "answers_summary.json", "features.npz", "links.npz", "tracks.npz"),
+        *("predictions.csv", "metrics.json"),
         "metrics.csv",
         *("report.md", "report.html"),
     }
