@@ -392,12 +392,13 @@ def _default(field: dataclasses.Field) -> Any:
 def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     """Parse `--config=FILE`, its overrides and the flags already in `flag_values`; return what is no flag.
 
-    `--config.SECTION.FIELD=none` unsets a field that may be unset; `resolve(flag_values.config)` checks the outcome.
+    `--config.SECTION.FIELD=none` unsets a field that may be unset, unless none is one of its choices;
+    `resolve(flag_values.config)` checks the outcome.
 
     Raises:
         InputError: an unknown flag or field (with the nearest name), a wrong type, or an unreadable config file.
     """
-    unset = [arg for arg in argv if arg.lstrip("-").startswith("config.") and arg.endswith("=none")]
+    unset = [arg for arg in argv if _unsets(arg)]
     rest = [arg for arg in argv if arg not in unset]
     path = next((arg.split("=", 1)[1] for arg in rest if arg.startswith(("--config=", "-config="))), None)
     if path is not None and not Path(path).is_file():
@@ -412,6 +413,12 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     except (flags.Error, OSError, TypeError, ValueError, SyntaxError) as error:
         raise InputError(_one_line(error)) from None
     return positional
+
+
+def _unsets(arg: str) -> bool:
+    """Say whether an override is `=none`, and none is not one of the field's choices."""
+    name = arg.lstrip("-").removeprefix("config.").removesuffix("=none")
+    return arg.lstrip("-").startswith("config.") and arg.endswith("=none") and "none" not in _CHOICES.get(name, ())
 
 
 def config_file(flag_values: flags.FlagValues) -> str:

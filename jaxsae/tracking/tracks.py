@@ -18,7 +18,7 @@ from jaxsae.tracking.cosines import Cosines, blocks
 from jaxsae.tracking.links import NULLS, Decoders, LinkGraph, check_null, random_null
 from jaxsae.tracking.pairs import Side, match_by_cosine, match_by_links
 
-PAIR_BYTES = 8 * 2**20  # arrays of all pairs of a block of samples; larger ones were not faster
+PAIR_BYTES = 2 * 2**20  # arrays of all pairs of a block of samples; larger ones were not faster
 MOST_NULL = 0.99  # above it, (c - q) / (1 - q) would be rounding alone
 
 

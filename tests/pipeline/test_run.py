@@ -46,8 +46,9 @@ def test_run__leaves_the_files_that_are_documented(finished):
     found = {path.name for path in finished.workdir.iterdir()}
     assert found == {
         *("activations", "saes", "logs", "manifests", "figures", "detector"),
-        *("answers.jsonl", "answers_summary.json", "features.npz", "links.npz", "tracks.npz", "predictions.csv"),
-        *("metrics.json", "metrics.csv"),
+        *("answers.jsonl", "answers_summary.json", "features.npz", "links.npz", "tracks.npz"),
+        *("predictions.csv", "metrics.json"),
+        "metrics.csv",
         *("report.md", "report.html"),
     }
     assert not list(finished.workdir.rglob("*.partial"))
