@@ -224,7 +224,8 @@ class DetectionConfig:
     bootstrap: int = _field(2000, "resamples of groups behind every interval, permutations behind every p-value")
     families: tuple[str, ...] = _field(
         ("metrics", "prompt", "profiles", "concepts", "late_births"),
-        "of track features that the method may choose and the stack with tracks reads",
+        "of track features that the method may choose and the stack with tracks reads; prompt is left out where "
+        "features.positions keeps no last_prompt",
     )
     curves: bool = _field(True, "measure some detectors with fewer and with wrong labels, too")
 
@@ -545,11 +546,6 @@ def _check(config: RunConfig) -> None:
     if strange or not config.detection.families:
         raise InputError(
             f"detection.families holds {', '.join(strange) or 'nothing'}, expected names among {', '.join(_FAMILIES)}"
-        )
-    if "prompt" in config.detection.families and "last_prompt" not in config.features.positions:
-        raise InputError(
-            "detection.families has prompt, which needs last_prompt among features.positions "
-            f"({', '.join(config.features.positions)}); keep that position, or leave the family out"
         )
     if config.tracking.position not in config.features.positions:
         raise InputError(

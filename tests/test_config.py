@@ -114,6 +114,14 @@ def test_override__reads_a_tuple():
     assert parse("--config.sae.groups=(8,64,512)").sae.groups == (8, 64, 512)
 
 
+def test_families__that_are_unknown_or_none_are_named():
+    assert parse("--config.detection.families=('metrics','concepts')").detection.families == ("metrics", "concepts")
+    with pytest.raises(InputError, match=r"detection\.families holds neurons, expected names among metrics"):
+        parse("--config.detection.families=('metrics','neurons')")
+    with pytest.raises(InputError, match=r"detection\.families holds nothing"):
+        parse("--config.detection.families=()")
+
+
 def test_override__none_is_a_choice_where_a_field_has_it():
     resolved = parse("--config.tracking.association=none", "--config.tracking.links=none")
     assert (resolved.tracking.association, resolved.tracking.links) == ("none", "none")

@@ -171,8 +171,7 @@ def family_matrix(tables: Tables, name: str) -> Matrix:
     if name == "metrics":
         return tables.track_metrics
     if name not in tables.track_families:
-        position = "; keep last_prompt in features.positions, and" if name == "prompt" else ";"
-        raise InputError(f"tracks.npz has no family {name!r}, of detection.families{position} run jaxsae track --redo")
+        raise InputError(f"tracks.npz has no family {name!r}, of detection.families; run jaxsae track --redo")
     return tables.track_families[name].matrix
 
 

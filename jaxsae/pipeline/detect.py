@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from jaxsae import artifacts, detection
 from jaxsae.artifacts import InputError
@@ -34,7 +35,7 @@ def run(config: RunConfig, context: Context) -> None:
         repeats=config.detection.repeats,
         bootstrap=config.detection.bootstrap,
         seed=config.seed,
-        families=config.detection.families,
+        families=_families(config, tables),
     )
     if config.detection.curves:
         protocol = dataclasses.replace(protocol, curves=tuple(name for name in CURVES if name in protocol.judged))
@@ -52,6 +53,14 @@ def run(config: RunConfig, context: Context) -> None:
         f"{protocol.method} AUROC {method['auroc']:.3f} [{method['ci_low']:.3f}, {method['ci_high']:.3f}], "
         f"canary {canary['auroc']:.3f} [{canary['ci_low']:.3f}, {canary['ci_high']:.3f}]"
     )
+
+
+def _families(config: RunConfig, tables: detection.Tables) -> tuple[str, ...]:
+    """Return the config's families that were made; `prompt` is not where the last token of the prompt was not kept."""
+    families = tuple(name for name in config.detection.families if name in ("metrics", *tables.track_families))
+    if "prompt" in set(config.detection.families) - set(families):
+        logging.info("track family prompt is left out: features.positions keeps no last_prompt")
+    return families
 
 
 def read_tables(workdir: Path) -> detection.Tables:

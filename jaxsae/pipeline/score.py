@@ -145,7 +145,11 @@ class Detector:
                 max_new_tokens=read_section(answering, "questions").max_new_tokens,
                 **_lengths(answers),
             ),
-            _protocol(detected),
+            ProtocolConfig(
+                folds=read_section(detected, "detection").folds,
+                families=fitted.settings.families,
+                seed=detected["seed"],
+            ),
             Reference.of(answers, artifacts.read_features(workdir / "features.npz"), tracking.position),
         )
 
@@ -305,12 +309,6 @@ class Detector:
             yield f"the run's prompts are of the form {asking.template!r}, this one is not"
         if any(answer.prompt_ids == other.prompt_ids for other in self.reference.answers):
             yield "the detector learned from an answer to this prompt: it is surer of it than of a new one"
-
-
-def _protocol(detected: Mapping[str, Any]) -> ProtocolConfig:
-    """Return the settings of a run's detector for one that is fitted anew."""
-    section = read_section(detected, "detection")
-    return ProtocolConfig(folds=section.folds, families=section.families, seed=detected["seed"])
 
 
 def _unscored(name: str, prompt: str, prompt_ids: tuple[int, ...], answer: str, answer_ids: tuple[int, ...]) -> Answer:

@@ -144,7 +144,7 @@ def test_load__refuses_a_description_that_lacks_a_key(saved):
 
 def test_load__refuses_parts_that_do_not_fit_the_estimators(saved, detector):
     rewrite(saved, parts=[{"name": "length", "layer": None, "c": None}])
-    with pytest.raises(InputError, match=r"names 1 parts, estimators.skops holds 11"):
+    with pytest.raises(InputError, match=r"names 1 parts, estimators.skops holds 15"):
         FittedDetector.load(saved)
 
 

@@ -171,8 +171,6 @@ def test_mean_probability__is_the_mean_over_members():
 def test_families__are_named_where_they_are_missing(tables, config):
     fold = make_folds(tables, config)[0]
     bare = dataclasses.replace(tables, track_families={})
-    with pytest.raises(InputError, match=r"no family 'prompt', .* keep last_prompt in features.positions"):
-        nest(bare, config, "tracks_prompt", fold)
     with pytest.raises(InputError, match=r"no family 'profiles', of detection.families; run jaxsae track --redo"):
         nest(bare, config, "tracks_profiles", fold)
     with pytest.raises(InputError, match=r"detection.families is 'neurons', expected one of metrics, prompt"):
