@@ -51,7 +51,7 @@ def run(config: RunConfig, context: Context) -> None:
             "position": np.array(config.tracking.position),
             "metrics": measure(tracks, offsets, config.tracking),
             "metric_names": np.array(metric_names(config.tracking)),
-            "control_names": np.array(list(controls)),
+            "control_names": np.array(list(measured)),
             "control_metrics": np.stack(list(measured.values())),
             **families.family_arrays(found),
         },
