@@ -303,6 +303,9 @@ class Features:
         activations: their activations, descending, in residual units; 0 in empty slots.
         resid: the residual stream at `RESID_POSITIONS`.
         recon_error: squared SAE error over squared distance from the SAE's b_dec, per position.
+        token_directions: of the answer's first token, and of the one that the model ranked highest of all others there:
+            how its logit, less the mean logit, changes with the last layer's residual stream at the last prompt token,
+            logits per residual unit; zeros for an empty answer.
         logprobs: all answers' token log-probabilities in one row, nats.
         offsets: answer n's log-probabilities are `logprobs[offsets[n]:offsets[n + 1]]`.
     """
@@ -313,6 +316,7 @@ class Features:
     activations: Float[np.ndarray, "N L P K"]
     resid: Float[np.ndarray, "N L 3 D"]
     recon_error: Float[np.ndarray, "N L P"]
+    token_directions: Float[np.ndarray, "N 2 D"]
     logprobs: Float[np.ndarray, " tokens"]
     offsets: Int[np.ndarray, " N+1"]
 
@@ -329,6 +333,22 @@ class Features:
             )
         index = self.positions.index(position)
         return self.feature_ids[:, :, index], self.activations[:, :, index]
+
+    def recon_error_at(self, position: str) -> Float[np.ndarray, "N L"]:
+        """Return the SAE errors at a position that `at` has."""
+        return self.recon_error[:, :, self.positions.index(position)]
+
+    def last(self, n_layers: int) -> "Features":
+        """Return the last answer alone, and of it the first layers."""
+        layered = ("feature_ids", "activations", "resid", "recon_error")
+        return Features(
+            ids=self.ids[-1:],
+            positions=self.positions,
+            token_directions=self.token_directions[-1:],
+            logprobs=self.logprobs[self.offsets[-2] :],
+            offsets=self.offsets[-2:] - self.offsets[-2],
+            **{name: getattr(self, name)[-1:, :n_layers] for name in layered},
+        )
 
 
 def write_features(path: str | os.PathLike, features: Features) -> None:
@@ -353,7 +373,7 @@ def read_features(path: str | os.PathLike) -> Features:
     if "resid" not in arrays:
         arrays["resid"] = _read_overflow(_overflow_path(path), f"{rebuild} --redo")
     n = len(arrays["ids"])
-    for name in ("feature_ids", "activations", "resid", "recon_error"):
+    for name in ("feature_ids", "activations", "resid", "recon_error", "token_directions"):
         if len(arrays[name]) != n:
             raise InputError(f"{path} holds {n} ids but {len(arrays[name])} rows of {name}; {rebuild}")
     fields: dict[str, Any] = {name: arrays[name] for name in names}

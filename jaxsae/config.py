@@ -191,9 +191,12 @@ class FeaturesConfig:
 class TrackingConfig:
     """How features are followed through the layers (docs: `jaxsae.tracking.TrackerConfig`)."""
 
-    position: str = _field("last_answer", "the kept position that is tracked")
+    position: str = _field(
+        "last_answer",
+        "the kept position that is tracked; answer_tokens: each token of the answer, the metrics pooled over them",
+    )
     top_k: int = _field(50, "latents of each layer that are tracked")
-    association: str = _field("hungarian", "hungarian, greedy, feature_id or none")
+    association: str = _field("hungarian", "hungarian, greedy, links, feature_id or none")
     birth_threshold: float = _field(0.5, "activation above which an unmatched feature starts a track")
     association_threshold: float = _field(0.5, "association cost below which a pair matches")
     semantic_weight: float = _field(0.6, "weight of 1 - cosine of the decoder rows in the cost")
@@ -201,6 +204,20 @@ class TrackingConfig:
     gate: str = _field("before", "threshold before the assignment, or after it as in the published run")
     max_missed_layers: int = _field(0, "layers that a track may miss before it dies")
     normalise_activations: bool = _field(False, "divide an answer's activations in each layer by their mean")
+    null: str = _field(
+        "none",
+        "rescale cosines in each pair of layers so that 0 is what one in 1,000 unrelated pairs of latents exceeds: "
+        "random_pairs, or matched_activation (of equal rank on one corpus token); none: as they are",
+    )
+    links: str = _field(
+        "weights",
+        "the graph of like latents in links.npz: weights (by decoder rows, no text is read), coactivation (and by "
+        "firing together on the corpus) or none (not made); association=links and concepts need one",
+    )
+    links_per_latent: int = _field(16, "neighbours in the next layer that the graph keeps of each latent")
+    links_tokens: int = _field(
+        65_536, "coactivation: tokens read, the corpus's first; memory 8 L features.keep bytes each"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +227,11 @@ class DetectionConfig:
     folds: int = _field(5, "folds of the grouped cross-validation")
     repeats: int = _field(3, "times it is repeated with another split")
     bootstrap: int = _field(2000, "resamples of groups behind every interval, permutations behind every p-value")
+    families: tuple[str, ...] = _field(
+        ("metrics", "prompt", "profiles", "concepts", "late_births"),
+        "of track features that the method may choose and the stack with tracks reads; prompt is left out where "
+        "features.positions keeps no last_prompt",
+    )
     curves: bool = _field(True, "measure some detectors with fewer and with wrong labels, too")
     trees: int = _field(100, "of a random forest; as many as in the published run")
     sae_position: str = _field("max", "the kept position whose latents SAE detectors read, or max over all of them")
@@ -332,6 +354,7 @@ SECTIONS: dict[str, type] = {
 }
 
 _POSITIONS = ("last_prompt", "first_answer", "last_answer", "answer_mean", "answer_max", "answer_tokens")
+_FAMILIES = ("metrics", "prompt", "profiles", "concepts", "late_births")
 QUESTION_SETS = ("truthfulqa", "halueval", "triviaqa", "nq_open", "popqa", "known_1000")
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -356,10 +379,12 @@ _CHOICES = {
     "questions.format": ("auto", "jsonl", "csv", *QUESTION_SETS),
     "questions.answers": ("own", "given"),
     "questions.refusals": ("drop", "wrong"),
-    "tracking.association": ("hungarian", "greedy", "feature_id", "none"),
+    "tracking.association": ("hungarian", "greedy", "links", "feature_id", "none"),
     "tracking.gate": ("before", "after"),
     "detection.threshold": ("youden", "f1", "accuracy"),
     "sweep.metric": ("auroc", "accuracy", "f1"),
+    "tracking.null": ("none", "random_pairs", "matched_activation"),
+    "tracking.links": ("weights", "coactivation", "none"),
 }
 
 # Smallest value allowed; fields named here may be unset where their type says so.
@@ -403,6 +428,8 @@ _AT_LEAST = {
     "features.keep": 1,
     "tracking.top_k": 1,
     "tracking.max_missed_layers": 0,
+    "tracking.links_per_latent": 1,
+    "tracking.links_tokens": 2,
     "detection.folds": 3,
     "detection.repeats": 1,
     "detection.bootstrap": 100,
@@ -446,12 +473,13 @@ def _default(field: dataclasses.Field) -> Any:
 def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
     """Parse `--config=FILE`, its overrides and the flags already in `flag_values`; return what is no flag.
 
-    `--config.SECTION.FIELD=none` unsets a field that may be unset; `resolve(flag_values.config)` checks the outcome.
+    `--config.SECTION.FIELD=none` unsets a field that may be unset, unless none is one of its choices;
+    `resolve(flag_values.config)` checks the outcome.
 
     Raises:
         InputError: an unknown flag or field (with the nearest name), a wrong type, or an unreadable config file.
     """
-    unset = [arg for arg in argv if arg.lstrip("-").startswith("config.") and arg.endswith("=none")]
+    unset = [arg for arg in argv if _unsets(arg)]
     rest = [arg for arg in argv if arg not in unset]
     path = next((arg.split("=", 1)[1] for arg in rest if arg.startswith(("--config=", "-config="))), None)
     if path is not None and not Path(path).is_file():
@@ -471,6 +499,12 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 def read(path: str | Path) -> ml_collections.ConfigDict:
     """Return the settings that a config file returns, for another config file to build on."""
     return runpy.run_path(str(path))["get_config"]()
+
+
+def _unsets(arg: str) -> bool:
+    """Say whether an override is `=none`, and none is not one of the field's choices."""
+    name = arg.lstrip("-").removeprefix("config.").removesuffix("=none")
+    return arg.lstrip("-").startswith("config.") and arg.endswith("=none") and "none" not in _CHOICES.get(name, ())
 
 
 def config_file(flag_values: flags.FlagValues) -> str:
@@ -641,10 +675,16 @@ def _check(config: RunConfig) -> None:
             f"tracking.top_k is {config.tracking.top_k} but features.keep is {config.features.keep}; "
             "keep at least as many latents as are tracked"
         )
+    _check_links(config.tracking)
     unknown = [name for name in config.features.positions if name not in _POSITIONS]
     if unknown or not config.features.positions:
         raise InputError(
             f"features.positions holds {', '.join(unknown) or 'nothing'}, expected names among {', '.join(_POSITIONS)}"
+        )
+    strange = [name for name in config.detection.families if name not in _FAMILIES]
+    if strange or not config.detection.families:
+        raise InputError(
+            f"detection.families holds {', '.join(strange) or 'nothing'}, expected names among {', '.join(_FAMILIES)}"
         )
     if config.tracking.position not in config.features.positions:
         raise InputError(
@@ -664,6 +704,16 @@ def _check_sweep(sweep: Any) -> None:
         raise InputError(f"sweep.name is {sweep.name!r}, expected the name of a folder")
     if not sweep.detectors:
         raise InputError("sweep.detectors is empty; name one or more, as metrics.json names them")
+
+
+def _check_links(config: TrackingConfig) -> None:
+    if config.association == "links" and config.links == "none":
+        raise InputError("tracking.association=links needs a link graph; set tracking.links=weights or coactivation")
+    if config.null == "matched_activation" and config.links != "coactivation":
+        raise InputError(
+            f"tracking.null=matched_activation is measured on a corpus, tracking.links is {config.links}; set "
+            "tracking.links=coactivation"
+        )
 
 
 def _check_one_of(settings: dict[str, Any], first: str, second: str) -> None:

@@ -51,6 +51,7 @@ def make_features(n=3, n_layers=2, n_positions=4, keep=5, d_model=7, dtype=np.fl
         activations=rng.random((n, n_layers, n_positions, keep)).astype(np.float32),
         resid=rng.normal(size=(n, n_layers, 3, d_model)).astype(dtype),
         recon_error=rng.random((n, n_layers, n_positions)).astype(np.float32),
+        token_directions=rng.normal(size=(n, 2, d_model)).astype(np.float32),
         logprobs=-rng.random(2 * n).astype(np.float32),
         offsets=2 * np.arange(n + 1),
     )

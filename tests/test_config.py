@@ -117,6 +117,35 @@ def test_override__reads_a_tuple():
     assert parse("--config.sae.groups=(8,64,512)").sae.groups == (8, 64, 512)
 
 
+def test_families__that_are_unknown_or_none_are_named():
+    assert parse("--config.detection.families=('metrics','concepts')").detection.families == ("metrics", "concepts")
+    with pytest.raises(InputError, match=r"detection\.families holds neurons, expected names among metrics"):
+        parse("--config.detection.families=('metrics','neurons')")
+    with pytest.raises(InputError, match=r"detection\.families holds nothing"):
+        parse("--config.detection.families=()")
+
+
+def test_override__none_is_a_choice_where_a_field_has_it():
+    resolved = parse("--config.tracking.association=none", "--config.tracking.links=none")
+    assert (resolved.tracking.association, resolved.tracking.links) == ("none", "none")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (("association=links", "links=none"), "association=links needs a link graph; set tracking.links=weights or"),
+        (("null=matched_activation",), "tracking.links is weights; set tracking.links=coactivation"),
+        (("position=answer_tokens",), "tracking.position is answer_tokens, which features.positions"),
+        (("links_per_latent=0",), "tracking.links_per_latent is 0, expected at least 1"),
+        (("links_tokens=1",), "tracking.links_tokens is 1, expected at least 2"),
+        (("null=all",), "tracking.null is 'all', expected one of none, random_pairs, matched_activation"),
+    ],
+)
+def test_tracking__settings_that_do_not_fit_are_named(overrides, match):
+    with pytest.raises(InputError, match=match):
+        parse(*(f"--config.tracking.{override}" for override in overrides))
+
+
 def test_override__none_unsets_a_field():
     resolved = parse("--config.train.n_tokens=none", "--config.train.epochs=2", "--config.train.lr=none")
     assert (resolved.train.n_tokens, resolved.train.epochs, resolved.train.lr) == (None, 2.0, None)

@@ -271,9 +271,10 @@ def _read_halueval(path: Path, rows: Sequence[Row], there: dict[str, str]) -> tu
 
 
 def _read_questions(path: Path, rows: Sequence[Row], there: dict[str, str]) -> tuple[list[Question], dict[str, str]]:
-    format = "csv" if path.suffix.lower() in (".csv", ".tsv") else "jsonl"
     used = {name: there[name] for name in _QUESTION_SET if name in there}
-    return questions.read_questions(path, format=format), used
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return questions.read_questions(path, format="csv"), used
+    return questions.questions_of(path, rows), used
 
 
 _READERS: dict[str, Any] = {

@@ -58,6 +58,11 @@ def read_questions(path: str | os.PathLike, *, format: str = "auto", columns: Se
     return sets.with_ids(path, _READERS[format](path, _parse_columns(columns)))
 
 
+def questions_of(path: Path, rows: Iterable[Row]) -> list[Question]:
+    """Return the questions of rows with columns as of "jsonl", which `path` holds; raises as `read_questions` does."""
+    return sets.with_ids(path, _read_rows(rows, {}))
+
+
 def find_format(path: Path) -> str:
     """Return the format that a file's ending stands for.
 

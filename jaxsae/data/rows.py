@@ -110,11 +110,14 @@ def read_json(path: Path, *, key: str | None = None) -> Iterator[Row]:
     """
     _check_file(path)
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error}") from None
+    try:
+        content = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # what every file of more than one line of JSON stops at
+        # Every file of more than one line of JSON stops at extra data; a list has none.
+        if error.msg != "Extra data" or text.lstrip().startswith("["):
             raise InputError(f"{path} is not readable JSON: {error}") from None
         yield from (Row(f"{path} line {number}", row) for number, row in read_jsonl(path))
         return

@@ -9,11 +9,12 @@ from jaxsae.detection.baselines import DETECTORS
 from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.detector import FittedDetector, fit_detector
 from jaxsae.detection.protocol import Results, evaluate
-from jaxsae.detection.tables import Tables, build_tables
+from jaxsae.detection.tables import Family, Tables, build_tables
 from jaxsae.detection.tidy import tidy
 
 __all__ = [
     "DETECTORS",
+    "Family",
     "FittedDetector",
     "ProtocolConfig",
     "Results",

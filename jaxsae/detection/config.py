@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 from jaxsae.artifacts import InputError
 from jaxsae.detection import statistics
-from jaxsae.detection.baselines import CONTROLS, DETECTORS, STACKS, TEXT_DETECTORS, Settings
+from jaxsae.detection.baselines import DETECTORS, STACKS, TEXT_DETECTORS, parts_of
 from jaxsae.detection.nesting import INNER
+from jaxsae.detection.specs import Settings
+from jaxsae.detection.tracks import CONTROLS, FAMILIES, FAMILY_DETECTORS, METHOD, method_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +22,15 @@ class ProtocolConfig:
         repeats: times the rows are split anew.
         bootstrap: resamples of groups behind every interval, and permutations of labels behind every p-value.
         seed: of splits, forests, noise and resamples; the same seed gives the same numbers to the last bit.
-        method: the detector that is compared with the best of length and the log-prob family.
+        method: the detector that is compared with the best of length and the log-prob family; tracks_best is the
+            classifier on track features that inner validation chooses.
         deploy: the detector that `fit_detector` fits; it may read neither text alone nor a control.
-        detectors: what is reported.
+        detectors: what is reported, as far as its families of track features are among `families`.
+        families: of track features that the method may choose and the stack with tracks reads: "metrics", "prompt",
+            "profiles", "concepts", "late_births". The detectors of a family that is left out are not made.
         curves: those of them whose AUROC is also measured with fewer and with wrong labels; no stacks.
         sae_position: the kept position whose latents the SAE detectors read, or "max" over all of them.
-        sae_penalty: their L1 penalty, as a fraction of the universal threshold.
+        sae_penalty: their L1 penalty and that of the concepts' detector, as a fraction of the universal threshold.
         probe_c: inverse L2 penalties of the residual probes on standardised inputs, chosen between by inner validation.
         trees: of the reference forest; 100 in the published one.
         threshold: what the decision threshold makes largest in inner validation: "youden", "f1" or "accuracy".
@@ -40,9 +45,10 @@ class ProtocolConfig:
     repeats: int = 3
     bootstrap: int = 2000
     seed: int = 0
-    method: str = "tracks_forest"
+    method: str = METHOD
     deploy: str = "stack_tracks"
     detectors: tuple[str, ...] = DETECTORS
+    families: tuple[str, ...] = FAMILIES
     curves: tuple[str, ...] = ()
     sae_position: str = "max"
     sae_penalty: float = 0.5
@@ -66,20 +72,39 @@ class ProtocolConfig:
         _check_name("threshold", self.threshold, statistics.THRESHOLDS)
         for name in self.detectors:
             _check_name("detectors", name, DETECTORS)
+        for name in self.families:
+            _check_name("families", name, FAMILIES)
+        if not method_choices(self.families):
+            raise InputError("detection.families is empty, expected one or more of " + ", ".join(FAMILIES))
         for name in self.curves:
-            _check_name("curves", name, [name for name in self.detectors if name not in STACKS])
-        _check_name("method", self.method, self.detectors)
-        _check_name("deploy", self.deploy, [name for name in DETECTORS if name not in (*TEXT_DETECTORS, *CONTROLS)])
+            _check_name("curves", name, [name for name in self.judged if name not in STACKS])
+        _check_name("method", self.method, self.judged)
+        deployable = [name for name in self._made if name not in (*TEXT_DETECTORS, *CONTROLS)]
+        _check_name("deploy", self.deploy, deployable)
 
     @property
     def settings(self) -> Settings:
         """Return what the estimators are made with."""
-        return Settings(self.trees, tuple(self.probe_c), self.sae_penalty, self.sae_position, self.seed)
+        families = tuple(name for name in FAMILIES if name in self.families)
+        return Settings(
+            self.trees, tuple(self.probe_c), self.sae_penalty, self.sae_position, families=families, seed=self.seed
+        )
+
+    @property
+    def _made(self) -> tuple[str, ...]:
+        """Name the detectors but for those of families that are left out."""
+        left_out = {name for family in FAMILIES if family not in self.families for name in FAMILY_DETECTORS[family]}
+        return tuple(name for name in DETECTORS if name not in left_out)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Name the detectors that are reported, in the order of `DETECTORS`."""
+        return tuple(name for name in self._made if name in self.detectors)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Name the detectors that are no stack and have to be fitted, for their own sake or for a stack's."""
-        wanted = {part for name in self.detectors for part in STACKS.get(name, (name,))}
+        wanted = {part for name in self.judged for part in parts_of(name, self.families)}
         return tuple(name for name in DETECTORS if name in wanted)
 
 

@@ -13,7 +13,7 @@ from scipy.special import expit
 from sklearn.base import BaseEstimator
 
 from jaxsae.artifacts import InputError, atomic_write, read_json, sha256_file, write_json
-from jaxsae.detection.baselines import STACKS, Baseline, Choice, Settings, make_baselines
+from jaxsae.detection.baselines import STACKS, make_baselines, parts_of
 from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.nesting import (
     NO_FOLD,
@@ -23,15 +23,19 @@ from jaxsae.detection.nesting import (
     quiet_single_threaded_blas,
     raw_scores,
 )
+from jaxsae.detection.specs import Baseline, Choice, Settings
 from jaxsae.detection.splits import check_rows, make_folds
 from jaxsae.detection.tables import Tables
 
 JSON_NAME = "detector.json"
 ESTIMATORS_NAME = "estimators.skops"
 TRUSTED = (  # beyond what skops trusts by itself: most of NumPy, SciPy and scikit-learn
-    "jaxsae.detection.baselines.BestLatent",
-    "jaxsae.detection.baselines.FixedScore",
-    "jaxsae.detection.baselines.L1Logistic",
+    "jaxsae.detection.estimators.BestLatent",
+    "jaxsae.detection.estimators.FixedScore",
+    "jaxsae.detection.estimators.L1Logistic",
+    "jaxsae.detection.estimators.MeanProbability",
+    "jaxsae.detection.estimators.TrainVocabulary",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.tree._tree.Tree",
 )
 _REBUILD = "run jaxsae detect"
@@ -56,7 +60,8 @@ class FittedDetector:
         stack: the estimator on the parts' scores, None where there is one part.
         slope, intercept: log-odds = slope · score + intercept.
         threshold: the probability from which on `predict` says 1.
-        layout: what the inputs must be: `n_layers`, `width`, `n_latents`, `positions`, `track_columns`.
+        layout: what the inputs must be: `n_layers`, `width`, `n_latents`, `positions`, `track_columns`, and the number
+            of columns of each of `track_families`.
         settings: what the estimators were made with.
         n_rows, n_groups: what it was fitted on.
     """
@@ -91,7 +96,7 @@ class FittedDetector:
             InputError: the tables have another layout than the rows the detector was fitted on.
         """
         found = _layout(tables)
-        for key in ("n_layers", "width", "positions", "track_columns"):
+        for key in ("n_layers", "width", "positions", "track_columns", "track_families"):
             if found[key] != self.layout[key]:
                 raise InputError(
                     f"the detector was fitted on rows with {key} {self.layout[key]}, these have {found[key]}; use the "
@@ -149,10 +154,12 @@ class FittedDetector:
                     f"{path} names {len(content['parts'])} parts, {ESTIMATORS_NAME} holds {len(estimators)}; {_REBUILD}"
                 )
             parts = [
-                Part(part["name"], Choice(part["layer"], part["c"]), estimator)
+                Part(part["name"], Choice(*(part[field] for field in Choice._fields)), estimator)
                 for part, estimator in zip(content["parts"], estimators, strict=True)
             ]
-            settings = content["settings"] | {"probe_c": tuple(content["settings"]["probe_c"])}
+            settings = content["settings"] | {
+                name: tuple(content["settings"][name]) for name in ("probe_c", "families")
+            }
             return cls(
                 name=content["name"],
                 parts=tuple(parts),
@@ -181,7 +188,7 @@ def fit_detector(tables: Tables, config: ProtocolConfig) -> FittedDetector:
     check_rows(tables, config)
     fold = make_folds(tables, dataclasses.replace(config, repeats=1))[0]
     baselines = make_baselines(config.settings, tables.n_layers)
-    names = STACKS.get(config.deploy, (config.deploy,))
+    names = parts_of(config.deploy, config.families)
     with quiet_single_threaded_blas():
         fitted = [_fit_part(baselines[name], tables, fold) for name in names]
         stack, inner = None, fitted[0][1]
@@ -218,6 +225,7 @@ def _layout(tables: Tables) -> dict[str, Any]:
         "n_latents": tables.n_latents,
         "positions": list(tables.positions),
         "track_columns": list(tables.track_columns),
+        "track_families": {name: family.matrix.shape[1] for name, family in sorted(tables.track_families.items())},
     }
 
 

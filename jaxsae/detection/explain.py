@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxsae.detection.detector import FittedDetector, Part
 from jaxsae.detection.tables import Tables
+from jaxsae.detection.tracks import FAMILY_DETECTORS
 
 Latents = Sequence[tuple[int, int]]  # (layer, latent) pairs
 
@@ -150,13 +151,14 @@ def split_layer(latents: Latents, other_ids: Int[np.ndarray, "L K"]) -> int | No
     return next((layer for layer, latent in sorted(latents) if latent not in other_ids[layer]), None)
 
 
-def repeat_row(tables: Tables, row: int, n: int, **changed: np.ndarray) -> Tables:
-    """Return `n` copies of one row, with some of the arrays replaced by those given, [n ...] each; no controls."""
+def repeat_row(tables: Tables, row: int, n: int, **changed: Any) -> Tables:
+    """Return `n` copies of one row, with some of the fields replaced by those given, of n rows each; no controls."""
     fields = {field.name: getattr(tables, field.name) for field in dataclasses.fields(tables)}
     repeated: dict[str, Any] = {name: fields[name][row : row + 1] * n for name in _ROW_FIELDS}
     repeated |= {
         name: np.repeat(x[row : row + 1], n, axis=0) for name, x in fields.items() if isinstance(x, np.ndarray)
     }
+    repeated["track_families"] = {name: family[[row] * n] for name, family in tables.track_families.items()}
     return dataclasses.replace(tables, **(repeated | {"track_controls": {}} | changed))
 
 
@@ -185,7 +187,7 @@ def scores_by_layer(fitted: FittedDetector, tables: Tables) -> Float[np.ndarray,
 def _known_from(part: Part, n_layers: int) -> int:
     if part.choice.layer is not None:
         return part.choice.layer
-    return 0 if part.name.startswith("tracks_") else n_layers - 1
+    return 0 if part.name in FAMILY_DETECTORS["metrics"] else n_layers - 1
 
 
 def earliest_layer(is_as_last: Bool[np.ndarray, " L_and_1"]) -> int | None:

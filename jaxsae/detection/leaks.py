@@ -28,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jaxsae.detection import statistics
-from jaxsae.detection.baselines import Matrix, TrainVocabulary
+from jaxsae.detection.estimators import Matrix, TrainVocabulary
 from jaxsae.detection.nesting import raw_scores
 from jaxsae.detection.tables import count_words, normalise_text
 

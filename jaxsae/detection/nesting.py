@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import expit
 from sklearn.base import BaseEstimator
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -23,10 +24,12 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from jaxsae.detection import statistics
-from jaxsae.detection.baselines import Baseline, Choice, Matrix
+from jaxsae.detection.estimators import Matrix
+from jaxsae.detection.specs import Baseline, Choice
 from jaxsae.detection.tables import UNKNOWN_LABEL, Tables
 
 INNER = ("neighbours", "all")
+STACK_CHOICES = (Choice(model="logistic"), Choice(model="boosting"))  # the first wins a tie
 NO_FOLD = -1  # the outer "fold" when nothing is held out
 
 _MakeEstimator = Callable[[Choice, int, int], BaseEstimator]
@@ -208,28 +211,33 @@ def hold_out_baseline(
     return Nested(scores, np.empty((0, len(fold))), chosen, fitter.n_fits, fitter.n_unconverged)
 
 
-def make_stack() -> Pipeline:
-    """Return the estimator of a stack, on its parts' scores."""
+def make_stack(model: str = "logistic") -> Pipeline:
+    """Return the estimator of a stack, on its parts' scores, of the kind that one of `STACK_CHOICES` names."""
+    if model == "boosting":
+        boosting = HistGradientBoostingClassifier(max_iter=100, max_depth=3, early_stopping=False, random_state=0)
+        return make_pipeline(StandardScaler(), boosting)
     return make_pipeline(StandardScaler(), LogisticRegression(C=1.0, solver="newton-cholesky", max_iter=1000))
 
 
 def nest_stack(parts: Sequence[Nested], labels: Int[np.ndarray, " N"], fold: Int[np.ndarray, " N"]) -> Nested:
     """Fit a stack per outer fold on its parts' inner scores; apply it to their out-of-fold scores."""
     held_out = np.stack([part.scores for part in parts], axis=1)
-    scores, inner, n_fits, n_unconverged = np.empty(len(fold)), [], 0, 0
+    scores, inner, chosen, n_fits, n_unconverged = np.empty(len(fold)), [], [], 0, 0
     for outer in folds_of(fold):
         fitted = fit_stack(np.stack([part.inner[outer] for part in parts], axis=1), labels, fold)
         scores[fold == outer] = raw_scores(fitted.estimator, held_out[fold == outer])
         inner.append(fitted.inner)
+        chosen.append(fitted.choice)
         n_fits += fitted.n_fits
         n_unconverged += fitted.n_unconverged
-    return Nested(scores, np.stack(inner), (), n_fits, n_unconverged)
+    return Nested(scores, np.stack(inner), tuple(chosen), n_fits, n_unconverged)
 
 
 @dataclasses.dataclass(frozen=True)
 class FittedStack:
     """A stack fitted on all inner scores, and each inner fold's rows scored by one fitted on the other inner folds."""
 
+    choice: Choice
     estimator: Pipeline
     inner: Float[np.ndarray, " N"]
     n_fits: int
@@ -239,15 +247,18 @@ class FittedStack:
 def fit_stack(
     inputs: Float[np.ndarray, "N parts"], labels: Int[np.ndarray, " N"], fold: Int[np.ndarray, " N"]
 ) -> FittedStack:
-    """Fit a stack on the rows that have scores; NaN marks the others."""
+    """Fit a stack on the rows that have scores, of the kind whose inner scores rank best; NaN marks the others."""
     scored = ~np.isnan(inputs).any(axis=1)
-    stack = make_stack().fit(inputs[scored], labels[scored])
-    estimators, inner = [stack], np.full(len(fold), np.nan)
-    for held_out in np.unique(fold[scored]):
-        seen, rows = scored & (fold != held_out), scored & (fold == held_out)
-        estimators.append(make_stack().fit(inputs[seen], labels[seen]))
-        inner[rows] = raw_scores(estimators[-1], inputs[rows])
-    return FittedStack(stack, inner, len(estimators), sum(not _converged(each) for each in estimators))
+    inner, made = np.full((len(STACK_CHOICES), len(fold)), np.nan), []
+    for index, choice in enumerate(STACK_CHOICES):
+        for held_out in np.unique(fold[scored]):
+            seen, rows = scored & (fold != held_out), scored & (fold == held_out)
+            made.append(make_stack(str(choice.model)).fit(inputs[seen], labels[seen]))
+            inner[index, rows] = raw_scores(made[-1], inputs[rows])
+    best = int(np.argmax([_inner_auroc(scores, labels) for scores in inner]))
+    made.append(make_stack(str(STACK_CHOICES[best].model)).fit(inputs[scored], labels[scored]))
+    n_unconverged = sum(not _converged(each) for each in made)
+    return FittedStack(STACK_CHOICES[best], made[-1], inner[best], len(made), n_unconverged)
 
 
 def judge(nested: Nested, labels: Int[np.ndarray, " N"], fold: Int[np.ndarray, " N"], *, objective: str) -> Verdicts:
@@ -297,4 +308,5 @@ def _inner_auroc(scores: Float[np.ndarray, " N"], labels: Int[np.ndarray, " N"])
 
 def _converged(estimator: BaseEstimator) -> bool:
     last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
-    return not hasattr(last, "n_iter_") or bool(np.all(last.n_iter_ < last.max_iter))
+    is_linear = hasattr(last, "coef_") and hasattr(last, "n_iter_")  # boosting makes all its iterations by intent
+    return not is_linear or bool(np.all(last.n_iter_ < last.max_iter))

@@ -10,20 +10,20 @@ from jaxtyping import Int
 from sklearn.metrics import roc_auc_score
 
 from jaxsae.detection import statistics
+from jaxsae.detection.ablations import count_stacks, family_rows
 from jaxsae.detection.baselines import (
-    DETECTORS,
     LOGPROB_DETECTORS,
     STACK_DEFINITIONS,
     STACKS,
-    Baseline,
-    Choice,
     make_baselines,
     make_canary,
+    parts_of,
     text_noise,
 )
 from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.curves import Point, curve_rows, label_points
 from jaxsae.detection.nesting import (
+    STACK_CHOICES,
     Nested,
     Verdicts,
     hold_out_baseline,
@@ -33,6 +33,7 @@ from jaxsae.detection.nesting import (
     quiet_single_threaded_blas,
 )
 from jaxsae.detection.resampling import Bootstrap, Control, compare
+from jaxsae.detection.specs import Baseline, Choice
 from jaxsae.detection.splits import (
     check_rows,
     describe_splits,
@@ -43,6 +44,7 @@ from jaxsae.detection.splits import (
 )
 from jaxsae.detection.steps import Progress, Steps
 from jaxsae.detection.tables import Tables
+from jaxsae.detection.tracks import METHOD
 
 ECE_BINS = 15
 
@@ -69,6 +71,7 @@ class Results:
         by_category: a row per (category, detector): its hallucinated answers against all right answers, and against
             the right ones of the same category.
         differences: paired differences of AUROC on the same resamples.
+        ablations: what each family of track features adds to the stack, and what the stack with all loses without it.
         curves: a row per (kind, detector, share): AUROC on the first split, learned from a share of the labelled
             groups ("few_labels") or with a share of the labels flipped ("label_noise").
         counts: rows, groups, labels, fits.
@@ -82,6 +85,7 @@ class Results:
     controls: dict[str, Any]
     by_category: list[dict[str, Any]]
     differences: list[dict[str, Any]]
+    ablations: list[dict[str, Any]]
     curves: list[dict[str, Any]]
     counts: dict[str, Any]
     splits: list[dict[str, Any]]
@@ -104,10 +108,11 @@ def evaluate(tables: Tables, config: ProtocolConfig, *, progress: Progress | Non
     """
     check_rows(tables, config)
     folds = make_folds(tables, config)
-    detectors = [name for name in DETECTORS if name in config.detectors]
+    detectors = list(config.judged)
     baselines = make_baselines(config.settings, tables.n_layers)
     points = label_points(tables, folds[0], seed=config.seed)
     n_steps = config.repeats * (len(config.parts) + 2) + len(detectors) + 3 + len(config.curves) * len(points)
+    n_steps += count_stacks(config)
     steps = Steps(config.n_jobs, progress, total=n_steps)
     with quiet_single_threaded_blas():
         nested, canary, permutation, on_curves = _fit_all(tables, config, folds, baselines, points, steps)
@@ -124,6 +129,7 @@ def evaluate(tables: Tables, config: ProtocolConfig, *, progress: Progress | Non
         resampled, p_values = bootstrap.overall(scores), bootstrap.p_values(scores)
         canary_row, permutation_row = bootstrap.control(canary), bootstrap.control(permutation)
         by_category = bootstrap.by_category({name: scores[name] for name in _category_detectors(config)})
+        ablations = family_rows(nested, folds, tables.labels, config, bootstrap)
         whole = {name: nested[name, 0].scores for name in config.curves}
         curves = curve_rows(points, on_curves, whole, tables.labels, bootstrap)
     rows = [_detection_row(name, tables, baselines, nested, verdicts, resampled, config) for name in detectors]
@@ -134,6 +140,7 @@ def evaluate(tables: Tables, config: ProtocolConfig, *, progress: Progress | Non
         controls=_control_rows(tables, folds, permutation_row),
         by_category=by_category,
         differences=compare(tables, config, scores, resampled),
+        ablations=ablations,
         curves=curves,
         counts=_counts(tables, baselines, nested, [canary, permutation, *on_curves.values()]),
         splits=describe_splits(tables, folds),
@@ -168,8 +175,9 @@ def _fit_all(
         return lambda: nest_baseline(baselines[name], tables, folds[0], scheme=config.inner, labels=labels)
 
     repeats = range(len(folds))
-    # Forests take longest; first in line they do not leave the other threads waiting at the end.
-    names = [*controls, *sorted(config.parts, key=lambda name: name != "tracks_forest")]
+    # What has most to fit is first in line, so that it does not leave the other threads waiting at the end.
+    slowest = (METHOD, "tracks_forest")
+    names = [*controls, *sorted(config.parts, key=lambda name: name not in slowest)]
     whole = {key: fit(*key) for key in itertools.product(names, repeats)}
     on_curves = {key: fit_point(*key) for key in itertools.product(config.curves, points)}
     done = steps.run(whole | on_curves)
@@ -178,9 +186,10 @@ def _fit_all(
         _average(baseline.definition, labels, [done.pop((name, repeat)) for repeat in repeats])
         for name, (baseline, labels) in controls.items()
     )
-    for name in (name for name in STACKS if name in config.detectors):
+    for name in (name for name in STACKS if name in config.judged):
+        parts = parts_of(name, config.families)
         for repeat, fold in enumerate(folds):
-            done[name, repeat] = nest_stack([done[part, repeat] for part in STACKS[name]], tables.labels, fold)
+            done[name, repeat] = nest_stack([done[part, repeat] for part in parts], tables.labels, fold)
     return done, canary, permutation, curved
 
 
@@ -245,7 +254,7 @@ def _detection_row(
         **{f"{key}_isotonic": value for key, value in stepped.items()},
         **statistics.risk_coverage(scores, labels),
         **statistics.decision_metrics(np.stack([verdicts[name, repeat].decisions for repeat in repeats]), labels),
-        "n_choices": 1 if name in STACKS else len(baselines[name].choices),
+        "n_choices": len(STACK_CHOICES if name in STACKS else baselines[name].choices),
         "chosen": [
             {"repeat": repeat, "fold": fold, **choice._asdict()}
             for repeat in repeats
@@ -257,7 +266,7 @@ def _detection_row(
 
 def _category_detectors(config: ProtocolConfig) -> list[str]:
     wanted = {*LOGPROB_DETECTORS, config.method, *STACKS}
-    return [name for name in DETECTORS if name in wanted and name in config.detectors]
+    return [name for name in config.judged if name in wanted]
 
 
 def _control_rows(
@@ -303,7 +312,7 @@ def _counts(
             }
             for category in sorted(set(tables.categories))
         },
-        "choices_tried": sum(len(baselines[name].choices) for name in fitted - set(STACKS)),
+        "choices_tried": sum(len(STACK_CHOICES if name in STACKS else baselines[name].choices) for name in fitted),
         "fits": sum(each.n_fits for each in counted),
         "unconverged_fits": sum(each.n_unconverged for each in counted),
     }

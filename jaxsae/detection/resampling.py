@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from sklearn.metrics import roc_auc_score
 
 from jaxsae.detection import statistics
-from jaxsae.detection.baselines import CONTROLS, LOGPROB_DETECTORS, STACKS
+from jaxsae.detection.baselines import LOGPROB_DETECTORS, STACKS
 from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.steps import Steps
 from jaxsae.detection.tables import Tables
+from jaxsae.detection.tracks import CONTROLS, METHOD
 
 WITHIN_CATEGORY_ROWS = 10  # of each label, below which an AUROC within one category says nothing
 
@@ -141,6 +142,9 @@ def compare(
     if set(STACKS) <= set(point):
         words = "AUROC of the stack with tracks minus that of the stack: what tracks add"
         claims.append(("stack_tracks_over_stack", "stack_tracks", "stack", words))
+    if {METHOD, "tracks_forest"} <= set(point):
+        words = "AUROC of the method minus that of the published classifier on the published metrics"
+        claims.append((f"{METHOD}_over_tracks_forest", METHOD, "tracks_forest", words))
     words = "AUROC of tracks_logistic minus that of its control: what following latents through the layers adds"
     claims += [
         (f"tracks_logistic_over_{name.removeprefix('tracks_')}", "tracks_logistic", name, words)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import joblib
+from threadpoolctl import threadpool_limits
 
 Progress = Callable[[int, int, str], None]
 
@@ -20,7 +21,7 @@ class Steps:
 
     def run(self, steps: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
         """Return what each step returns, by its key; the first error stops those that have not begun."""
-        executor = concurrent.futures.ThreadPoolExecutor(self.n_jobs)
+        executor = concurrent.futures.ThreadPoolExecutor(self.n_jobs, initializer=_use_one_openmp_thread)
         try:
             keys = {executor.submit(step): key for key, step in steps.items()}
             finished = {}
@@ -36,3 +37,8 @@ class Steps:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total, what)
+
+
+def _use_one_openmp_thread() -> None:
+    """Keep boosting to the thread it is called from: the number is each thread's own, and steps have threads enough."""
+    threadpool_limits(1, user_api="openmp")

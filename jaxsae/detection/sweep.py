@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 from jaxsae.artifacts import InputError
 from jaxsae.detection import statistics
-from jaxsae.detection.baselines import LOGPROB_DETECTORS, PROBES, STACKS, TEXT_DETECTORS, make_baselines
+from jaxsae.detection.baselines import LOGPROB_DETECTORS, PROBES, STACKS, TEXT_DETECTORS, make_baselines, parts_of
 from jaxsae.detection.config import ProtocolConfig
 from jaxsae.detection.nesting import (
     Nested,
@@ -132,7 +132,8 @@ def _nest_all(
         if name in _WITHOUT_TRACKS:
             known[key] = nested[name]
     for name in (name for name in STACKS if name in config.detectors):
-        nested[name] = nest_stack([nested[part] for part in STACKS[name]], tables.labels, fold)
+        parts = [nested[part] for part in parts_of(name, config.families)]
+        nested[name] = nest_stack(parts, tables.labels, fold)
     return nested
 
 

@@ -5,6 +5,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,9 +17,22 @@ from jaxsae.artifacts import Answer, Features, InputError
 UNKNOWN_LABEL = -1  # a row that is scored, never learned from
 LOGPROB_COLUMNS = ("mean", "min", "sum", "first")
 ENTROPY_COLUMNS = ("mean", "max")
-TRACK_CONTROLS = ("none", "shuffled", "random_decoders")
+TRACK_CONTROLS = ("none", "shuffled", "random_decoders", "neurons")
+TRACK_FAMILIES = ("prompt", "profiles", "concepts", "late_births")  # beside the metrics
 LENGTH_COLUMNS = ("tokens", "characters")
 MAX_POSITION = "max"  # the largest activation over all kept positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of track features: a row an answer; where there are thousands of columns, sparse and without names."""
+
+    matrix: Float[np.ndarray, "N X"] | sp.csr_matrix
+    columns: tuple[str, ...] = ()
+
+    def __getitem__(self, rows: Any) -> "Family":
+        """Return some of the rows."""
+        return dataclasses.replace(self, matrix=self.matrix[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +53,12 @@ class Tables:
         n_empty: rows whose answer has no token.
         track_controls: the track metrics of tracks that should know less, by name, as far as they were made: "none"
             (nothing goes on from layer to layer), "shuffled" (links drawn anew among those of one answer and layer),
-            "random_decoders" (followed by the cosines of random directions).
+            "random_decoders" (followed by the cosines of random directions), "neurons" (coordinates of the residual
+            stream in place of latents).
+        track_families: further features of tracks, by name among `TRACK_FAMILIES`, as far as they were made: "prompt"
+            (the metrics of tracks at the last token of the prompt), "profiles" (match costs, births, deaths and what is
+            left unexplained, by layer; SAE errors), "concepts" (bags of the chains of latents that tracks carry, are
+            born in and end in), "late_births" (what is born late and points at the emitted token or its best rival).
     """
 
     ids: tuple[str, ...]
@@ -60,6 +79,7 @@ class Tables:
     n_latents: int
     n_empty: int
     track_controls: Mapping[str, Float[np.ndarray, "N Q"]] = dataclasses.field(default_factory=dict)
+    track_families: Mapping[str, Family] = dataclasses.field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -118,6 +138,7 @@ def build_tables(
     track_columns: Sequence[str],
     *,
     track_controls: Mapping[str, np.ndarray] | None = None,
+    track_families: Mapping[str, Family] | None = None,
 ) -> Tables:
     """Align answers to the features' rows by id and compute lengths and log-probability summaries.
 
@@ -127,6 +148,7 @@ def build_tables(
         track_metrics: one row per id of `features`, in that order.
         track_columns: the names of its columns.
         track_controls: the same table of other tracks, by name among `TRACK_CONTROLS`.
+        track_families: further features of tracks, by name among `TRACK_FAMILIES`.
 
     Raises:
         InputError: an id is missing, unexpected or repeated, a label is none of -1, 0, 1, the metric table does not
@@ -137,6 +159,8 @@ def build_tables(
     controls = dict(track_controls or {})
     for metrics in (track_metrics, *controls.values()):
         _check_metrics(metrics, track_columns, len(rows))
+    for name, family in (track_families or {}).items():
+        _check_family(name, family, len(rows))
     for row in rows:
         if row.label not in (UNKNOWN_LABEL, 0, 1):
             raise InputError(f"answer {row.id!r} has label {row.label}, expected 1 (hallucinated) or 0 (right)")
@@ -166,6 +190,7 @@ def build_tables(
         n_latents=int(features.feature_ids.max(initial=0)) + 1,
         n_empty=int(np.sum(n_tokens == 0)),
         track_controls={name: np.asarray(metrics, dtype=np.float64) for name, metrics in controls.items()},
+        track_families=dict(track_families or {}),
     )
     _check_finite(tables)
     return tables
@@ -205,6 +230,15 @@ def _check_metrics(metrics: np.ndarray, columns: Sequence[str], n_rows: int) -> 
         )
 
 
+def _check_family(name: str, family: Family, n_rows: int) -> None:
+    n_found, n_columns = family.matrix.shape
+    if n_found != n_rows or (family.columns and len(family.columns) != n_columns):
+        raise InputError(
+            f"the track family {name} is {n_found} rows of {n_columns} columns with {len(family.columns)} names, "
+            f"expected {n_rows} rows and a name a column; run jaxsae track"
+        )
+
+
 def _check_finite(tables: Tables) -> None:
     """Raise for the first value that is not finite; the residual stream is read one layer at a time."""
     dense = {
@@ -212,12 +246,19 @@ def _check_finite(tables: Tables) -> None:
         "entropies": tables.entropies,
         "track metrics": tables.track_metrics,
         **{f"track metrics of control {name}": metrics for name, metrics in tables.track_controls.items()},
+        **{f"track family {name}": _dense(family) for name, family in tables.track_families.items()},
         "activations": tables.activations,
     }
     for name, values in dense.items():
         _check_rows(name, values, tables.ids)
     for layer in range(tables.n_layers):
         _check_rows(f"resid of layer {layer}", tables.resid[:, layer], tables.ids)
+
+
+def _dense(family: Family) -> np.ndarray:
+    """Return a family's numbers as rows; of a sparse one their sums, which are as finite."""
+    is_dense = isinstance(family.matrix, np.ndarray)
+    return family.matrix if is_dense else np.asarray(abs(family.matrix).sum(axis=1))
 
 
 def _check_rows(name: str, values: np.ndarray, ids: Sequence[str]) -> None:

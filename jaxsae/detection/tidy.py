@@ -31,12 +31,13 @@ MEASURES = {
 def tidy(results: Results) -> list[dict[str, Any]]:
     """Return a row per number with the keys `COLUMNS`; what does not apply to it is None.
 
-    `setting` is the category, the curve's share or the coverage.
+    `setting` is the category, the curve's share, the coverage or the family.
     """
     n, n_groups = results.counts["rows"], results.counts["groups"]
     size = {"n": n, "n_groups": n_groups}
     blank = dict.fromkeys(COLUMNS)
-    tables = (_detection(results), _controls(results), _differences(results), _curves(results))
+    makers = (_detection, _controls, _differences, _ablations, _curves)
+    tables = [make(results) for make in makers]
     rows = [blank | size | row for table in tables for row in table]
     return rows + [blank | row for row in _by_category(results)]
 
@@ -94,6 +95,19 @@ def _differences(results: Results) -> Iterator[dict[str, Any]]:
             "table": "differences",
             "detector": row["a"],
             "against": row["b"],
+            "measure": "auroc_difference",
+            "value": row["difference"],
+            **_interval(row),
+            "definition": f"{row['definition']}; paired on the same resamples",
+        }
+
+
+def _ablations(results: Results) -> Iterator[dict[str, Any]]:
+    for row in results.ablations:
+        yield {
+            "table": f"family_{row['kind']}",
+            "detector": "stack_tracks",
+            "setting": row["family"],
             "measure": "auroc_difference",
             "value": row["difference"],
             **_interval(row),

@@ -16,7 +16,7 @@ from jaxsae.detection.tables import Tables, normalise_text
 
 TRANSFERRED = (
     *("length", "logprob_mean", "logprob_sum", "entropy_mean"),
-    *("probe_last_prompt", "probe_last_answer", "sae_logistic", "tracks_forest", "tracks_logistic"),
+    *("probe_last_prompt", "probe_last_answer", "sae_logistic", "tracks_best", "tracks_forest", "tracks_logistic"),
     *("stack", "stack_tracks"),
 )
 _WITHIN = "grouped cross-validation within the set, one split, out of fold"

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae.artifacts import Answer, Features, InputError
-from jaxsae.features.encode import check_finite, keep_features, make_features
+from jaxsae.features.encode import check_finite, keep_features, make_features, token_directions
 from jaxsae.features.prefixes import Place, next_token_scores
 from jaxsae.models import LanguageModel, decoder
 from jaxsae.sae import SaeSuite
@@ -66,6 +66,7 @@ def read_ablated(
             for one, logprobs, entropies in zip(again, *scores, strict=True)
         ]
         check_finite(parts[-1]["resid"], again)
+        parts[-1]["token_directions"] = token_directions(lm, last[:, 0], again)
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return tuple(answers), make_features(answers, arrays, names)
 

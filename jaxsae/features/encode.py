@@ -79,12 +79,32 @@ def encode_answers(
         resid = lm.residuals(texts.token_ids)
         kept = keep_features(suite, resid, texts.prompt_end, texts.answer_at, texts.in_answer, names=names, n_kept=keep)
         rows.append({name: np.moveaxis(np.asarray(x), 1, 0)[: len(members)] for name, x in kept.items()})
+        ends = resid[-1][jnp.arange(batch), jnp.asarray(texts.prompt_end)]
+        rows[-1]["token_directions"] = token_directions(lm, ends, chosen)
         check_finite(rows[-1]["resid"], chosen)
         order += members
         on_batch(len(order))
     back = np.argsort(order)
     arrays = {name: np.concatenate([row[name] for row in rows])[back] for name in rows[0]}
     return make_features(answers, arrays, names)
+
+
+def token_directions(
+    lm: LanguageModel, ends: Float[Array, "B D"], answers: Sequence[Answer]
+) -> Float[np.ndarray, "rows 2 D"]:
+    """Return `Features.token_directions` of each answer.
+
+    Args:
+        ends: the last layer's residual stream at the last prompt token; as many rows as answers, or more.
+    """
+    emitted = np.zeros(len(ends), np.int32)
+    emitted[: len(answers)] = [answer.answer_ids[0] if answer.answer_ids else 0 for answer in answers]
+    logits = lm.logits_from(lm.n_layers - 1, ends[:, None])[:, 0]
+    others = jnp.where(jnp.arange(logits.shape[1]) == emitted[:, None], -jnp.inf, logits)
+    tokens = emitted, jnp.argmax(others, axis=1)
+    directions = np.stack([np.asarray(lm.logit_directions(ends, each), np.float32) for each in tokens], axis=1)
+    is_empty = [not answer.answer_ids for answer in answers]
+    return np.where(np.array(is_empty)[:, None, None], np.float32(0), directions[: len(answers)])
 
 
 def make_features(answers: Sequence[Answer], arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> Features:

@@ -17,8 +17,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsae.artifacts import Answer, Features, InputError
-from jaxsae.features.encode import check_finite, encode_rows, make_features, pool_rows
+from jaxsae.features.encode import check_finite, encode_rows, make_features, pool_rows, token_directions
 from jaxsae.models import LanguageModel
+from jaxsae.models.scores import token_scores
 from jaxsae.sae import SaeSuite
 
 _TEXT_STEP = 16  # texts are padded to a multiple of this, so that few shapes are compiled
@@ -110,6 +111,7 @@ def read_prefixes(lm: LanguageModel, suite: SaeSuite, answer: Answer, *, keep: i
         token_features.append(sp.csr_matrix(np.asarray(feats)[: 1 + place.n_answer]))
     arrays = {name: np.stack([part[name] for part in parts], axis=1) for name in parts[0]}
     check_finite(arrays["resid"], cuts)
+    arrays["token_directions"] = np.repeat(token_directions(lm, rows[-1, :1], [answer]), len(cuts), axis=0)
     return Reading(cuts, make_features(cuts, arrays, names), tuple(token_features))
 
 
@@ -128,7 +130,7 @@ def next_token_scores(
     answer_ids = np.zeros((n_rows, width), np.int32)
     for row, answer in enumerate(answers):
         answer_ids[row, : len(answer.answer_ids)] = answer.answer_ids
-    scores = _score_tokens(lm.logits_from(lm.n_layers - 1, rows), jnp.asarray(answer_ids))
+    scores = token_scores(lm.logits_from(lm.n_layers - 1, rows), jnp.asarray(answer_ids))
     found: list[list[tuple[float, ...]]] = []
     for values in map(np.asarray, scores):
         found.append(
@@ -151,17 +153,6 @@ def _cut(
         scores: dict[str, Any] = {"logprobs": logprobs[:n], "entropies": entropies[:n]}
         cuts.append(dataclasses.replace(answer, id=str(n), answer=text, answer_ids=ids, **scores))
     return tuple(cuts)
-
-
-@jax.jit
-def _score_tokens(
-    logits: Float[Array, "B A1 V"], answer_ids: Int[Array, "B A1"]
-) -> tuple[Float[Array, "B A1"], Float[Array, "B A1"]]:
-    """Return each answer token's log-probability and the entropy of the distribution it is of."""
-    logits = logits.astype(jnp.float32)
-    total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, answer_ids[..., None], axis=-1)[..., 0]
-    return chosen - total, total - jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
 
 
 @jax.jit

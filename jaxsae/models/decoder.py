@@ -82,6 +82,30 @@ def logits_from(
     return model.unembed(last, config, dtype)
 
 
+def logit_directions(
+    config: Any,
+    params: Mapping[str, Any],
+    resid: Float[Array | np.ndarray, "B D"],
+    token_ids: Int[Array | np.ndarray, " B"],
+    *,
+    dtype: str = "float32",
+) -> Float[Array, "B D"]:
+    """Return how each row's token gains on the mean logit as the residual stream of the last layer changes.
+
+    It is the derivative, at `resid` (before the final norm), of the token's logit minus the mean over the vocabulary,
+    in logits per residual unit. The final norm is in it to first order: its gain, its centring, and its scale, by which
+    a direction along `resid` itself changes nothing.
+    """
+    layers.check_dtype(dtype)
+    model, ids = _merge(config, params), jnp.asarray(token_ids)[:, None]
+
+    def gain(x: Float[Array, "B D"]) -> Float[Array, ""]:
+        scores = model.unembed(x[:, None], config, dtype)[:, 0].astype(jnp.float32)
+        return jnp.sum(jnp.take_along_axis(scores, ids, axis=-1)[:, 0] - jnp.mean(scores, axis=-1))
+
+    return jax.grad(gain)(jnp.asarray(resid, jnp.float32))
+
+
 def prefill(
     config: Any,
     params: Mapping[str, Any],

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxsae.artifacts import InputError
 from jaxsae.models import decoder
+from jaxsae.models.scores import token_scores
 
 TOKENS_PER_BATCH = 2048  # rows times length of one forward pass
 STEPS_PER_DISPATCH = 8  # most tokens a row makes in vain after a stop string
@@ -319,10 +320,7 @@ def _choose(
     """Choose the token at `index` of each answer; return it, its log-probability and the entropy, at temperature 1."""
     scores = _noisy_scores(logits, controls, index) if "temperature" in controls else logits
     token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    total = jax.scipy.special.logsumexp(logits, axis=-1)
-    entropy = total - jnp.sum(jnp.exp(logits - total[:, None]) * logits, axis=-1)
-    return token, chosen - total, entropy
+    return token, *token_scores(logits, token)
 
 
 def _noisy_scores(

@@ -115,6 +115,15 @@ class LanguageModel:
             raise InputError(f"resid has shape {list(resid.shape)}, {self.name} asks for [B, T, {self.d_model}]")
         return _logits_from(self.config, self.dtype, self.params, jnp.asarray(layer), jnp.asarray(resid))
 
+    def logit_directions(
+        self, resid: Float[Array | np.ndarray, "B D"], token_ids: Array | np.ndarray
+    ) -> Float[Array, "B D"]:
+        """Return how the logit of each row's token changes with the last layer's residual stream `resid`.
+
+        See `decoder.logit_directions`; `token_ids` are integers [B] of the vocabulary.
+        """
+        return _logit_directions(self.config, self.dtype, self.params, jnp.asarray(resid), jnp.asarray(token_ids))
+
     def generate(
         self,
         prompts: Sequence[Sequence[int] | np.ndarray],
@@ -181,6 +190,11 @@ def _forward(config, dtype, params, token_ids):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits_from(config, dtype, params, layer, resid):
     return decoder.logits_from(config, params, layer, resid, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logit_directions(config, dtype, params, resid, token_ids):
+    return decoder.logit_directions(config, params, resid, token_ids, dtype=dtype)
 
 
 def load(

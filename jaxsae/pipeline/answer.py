@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float, Int
 
 from jaxsae import artifacts, data, models
 from jaxsae.artifacts import Answer, InputError, Question
@@ -25,6 +23,7 @@ from jaxsae.config import QuestionsConfig, RunConfig
 from jaxsae.data import agreement, labels
 from jaxsae.data.fetch import download
 from jaxsae.data.prompts import Prompter, encode_answer, encode_prompt
+from jaxsae.models.scores import token_scores
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.stages import Context
 from jaxsae.progress import Progress
@@ -209,7 +208,8 @@ def read_given(lm: models.LanguageModel, items: Sequence[Prompted], *, batch: in
         token_ids = np.zeros((n_rows, length), np.int32)
         for row, item in enumerate(chosen):
             token_ids[row, : len(item.prompt_ids) + len(item.given_ids)] = (*item.prompt_ids, *item.given_ids)
-        logprobs, entropies = map(np.asarray, _next_scores(lm.logits(token_ids), jnp.asarray(token_ids)))
+        logits = lm.logits(token_ids)[:, :-1]  # of each token but the first
+        logprobs, entropies = map(np.asarray, token_scores(logits, jnp.asarray(token_ids[:, 1:])))
         for row, item in enumerate(chosen):
             first = len(item.prompt_ids) - 1
             at = slice(first, first + len(item.given_ids))
@@ -218,18 +218,6 @@ def read_given(lm: models.LanguageModel, items: Sequence[Prompted], *, batch: in
             scores = (tuple(logprobs[row, at].tolist()), tuple(entropies[row, at].tolist()))
             answers.append(_answer(item, item.given, item.given_ids, item.label, *scores))
     return answers
-
-
-@jax.jit
-def _next_scores(
-    logits: Float[Array, "B T V"], token_ids: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T-1"], Float[Array, "B T-1"]]:
-    """Return the log-probability of each token but the first and the entropy it was drawn from, nats."""
-    logits = logits[:, :-1].astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, token_ids[:, 1:, None], axis=-1)[..., 0]
-    total = jax.nn.logsumexp(logits, axis=-1)
-    entropy = total - jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
-    return picked - total, entropy
 
 
 def _answer(

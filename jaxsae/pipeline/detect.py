@@ -3,14 +3,17 @@
 import csv
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from jaxsae import artifacts, detection
 from jaxsae.artifacts import InputError
 from jaxsae.config import RunConfig
+from jaxsae.pipeline.families import read_families
 from jaxsae.pipeline.stages import STAGES, Context, peak_bytes, read_record
 from jaxsae.progress import Progress
 
@@ -28,7 +31,9 @@ def run(config: RunConfig, context: Context) -> None:
     started = time.monotonic()
     workdir = context.workdir
     tables = read_tables(workdir)
-    protocol = protocol_of(config, curves=CURVES if config.detection.curves else ())
+    protocol = protocol_of(config, families=_families(config, tables))
+    if config.detection.curves:
+        protocol = dataclasses.replace(protocol, curves=tuple(name for name in CURVES if name in protocol.judged))
     with Progress("detect", 1, "steps") as bar:
         results = detection.evaluate(
             tables, protocol, progress=lambda done, total, what: bar.update(done, what, total=total)
@@ -52,6 +57,14 @@ def protocol_of(config: RunConfig, **others: Any) -> detection.ProtocolConfig:
     return detection.ProtocolConfig(seed=config.seed, **chosen | others)
 
 
+def _families(config: RunConfig, tables: detection.Tables) -> tuple[str, ...]:
+    """Return the config's families that were made; `prompt` is not where the last token of the prompt was not kept."""
+    families = tuple(name for name in config.detection.families if name in ("metrics", *tables.track_families))
+    if "prompt" in set(config.detection.families) - set(families):
+        logging.info("track family prompt is left out: features.positions keeps no last_prompt")
+    return families
+
+
 def read_tables(workdir: Path) -> detection.Tables:
     """Return a run's answers as rows for the detectors.
 
@@ -66,16 +79,21 @@ def read_tables(workdir: Path) -> detection.Tables:
         raise InputError(f"{workdir}/tracks.npz and features.npz are of different answers; run jaxsae track")
     if "control_names" not in tracks or "control_metrics" not in tracks:
         raise InputError(f"{path} has no controls, as an older version wrote it; run jaxsae track --redo")
-    return make_tables(features, answers, tracks)
+    return make_tables(features, answers, tracks, read_families(tracks, path))
 
 
 def make_tables(
-    features: artifacts.Features, answers: list[artifacts.Answer], tracks: dict[str, np.ndarray]
+    features: artifacts.Features,
+    answers: list[artifacts.Answer],
+    tracks: dict[str, np.ndarray],
+    families: Mapping[str, detection.Family],
 ) -> detection.Tables:
     """Return answers, their features and what `tracks.npz` holds as rows for the detectors."""
     controls = dict(zip(tracks["control_names"].tolist(), tracks["control_metrics"], strict=True))
     names = tracks["metric_names"].tolist()
-    return detection.build_tables(features, answers, tracks["metrics"], names, track_controls=controls)
+    return detection.build_tables(
+        features, answers, tracks["metrics"], names, track_controls=controls, track_families=families
+    )
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

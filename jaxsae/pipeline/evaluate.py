@@ -78,6 +78,7 @@ def gather(config: RunConfig, context: Context) -> report.ReportInputs:
         canary=metrics["canary"],
         by_category=metrics["by_category"],
         differences=metrics["differences"],
+        ablations=metrics.get("ablations", ()),
         curves=metrics.get("curves", ()),  # an older version measured none; the report then says so
         counts=counts(metrics["counts"]),
         labels={name: labels[name] for name in ("counts", "hallucinated_by_rule", "agreement")},
@@ -106,6 +107,7 @@ def counts(found: dict[str, Any]) -> dict[str, Any]:
 
     by_category = {name: of(row) for name, row in found["categories"].items()}
     kept = {"rows": found["rows"], "groups": found["groups"], "empty": found["empty_answers"]}
+    kept["choices_tried"] = found["choices_tried"]
     return {**kept, **of(found), "by_category": by_category}
 
 
@@ -171,6 +173,9 @@ def examples(workdir: Path, answers: list[Answer], scores: np.ndarray | None) ->
         return []
     arrays = artifacts.read_npz(workdir / "tracks.npz", rebuild="run jaxsae track")
     tracks = tracking.Tracks.from_arrays(arrays)
+    ends = arrays.get("token_offsets", np.arange(len(answers) + 1))[
+        1:
+    ]  # of answers' samples: the last token's is shown
     labels = np.array([answer.label for answer in answers])
     rows = []
     for label in (0, 1):
@@ -184,7 +189,7 @@ def examples(workdir: Path, answers: list[Answer], scores: np.ndarray | None) ->
                 "expected": " / ".join(answer.answers),
                 "label": label,
                 "score": float(scores[index]),
-                "tracks": _tracks_of(tracks, index),
+                "tracks": _tracks_of(tracks, int(ends[index]) - 1),
             }
         )
     return rows

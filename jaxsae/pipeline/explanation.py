@@ -103,9 +103,9 @@ class Reference:
 
     @classmethod
     def of(cls, answers: Sequence[Answer], kept: Features, position: str) -> "Reference":
-        """Align answers to the rows of their features."""
+        """Align answers to the rows of their features, at a position or, if it is no single one, the first kept."""
         by_id = {answer.id: answer for answer in answers}
-        ids, activations = kept.at(position)
+        ids, activations = kept.at(position if position in kept.positions else kept.positions[0])
         return cls([by_id[name] for name in kept.ids], ids, activations)
 
     def nearest_right(
@@ -193,30 +193,45 @@ def _without_each(judge: Judge, reading: Reading, tables: Tables, tracks: tracki
     A track takes with it its observations, its latents at the tracked position, and what these add to the residual
     stream there, which the probes read.
     """
-    metrics = tracking.divergence_metrics(tracking.leave_one_out(tracks)) if len(tracks.birth) else np.empty((0, 0))
-    ids, acts = reading.features.feature_ids[-1], reading.features.activations[-1]
-    place = reading.features.positions.index(judge.tracker.position)
+    if not len(tracks.birth):
+        return np.empty(0)
+    remaining, kept = tracking.leave_one_out(tracks), _repeat_last(reading.features, len(tracks.birth))
+    place = kept.positions.index(judge.tracker.position)
     weights = _resid_weights(judge.tracker.position, len(reading.cuts[-1].answer_ids))
-    found = [np.empty(0)]
+    for track in range(len(tracks.birth)):
+        for layer, latent in _latents(tracks, track):
+            slots = kept.feature_ids[track, layer, place]
+            kept.activations[track, layer, place][slots == latent] = 0.0
+            slots[slots == latent] = -1
+    metrics, families = tracking.divergence_metrics(remaining), judge.families(kept, remaining)
+    found = []
     for start in range(0, len(metrics), _BLOCK):
-        rows = range(start, min(start + _BLOCK, len(metrics)))
-        resid = np.repeat(tables.resid[-1:].astype(np.float32), len(rows), axis=0)
-        block_ids, block_acts = (np.repeat(x[None], len(rows), axis=0) for x in (ids, acts))
-        for row, track in enumerate(rows):
+        rows = slice(start, min(start + _BLOCK, len(metrics)))
+        resid = np.repeat(tables.resid[-1:].astype(np.float32), rows.stop - start, axis=0)
+        for row, track in enumerate(range(start, rows.stop)):
             for layer, latent in _latents(tracks, track):
                 share = weights @ reading.token_features[layer][:, [latent]].toarray()  # [3, 1]
                 resid[row, layer] -= (share * judge.decoders[layer][latent]).astype(np.float32)
-                slots = block_ids[row, layer, place]
-                block_acts[row, layer, place][slots == latent] = 0.0
-                slots[slots == latent] = -1
-        changed = {"resid": resid, "feature_ids": block_ids, "activations": block_acts}
-        last = len(tables.ids) - 1
-        found.append(
-            judge.probabilities(
-                repeat_row(tables, last, len(rows), track_metrics=metrics[rows.start : rows.stop], **changed)
-            )
-        )
+        changed = {
+            "resid": resid,
+            "feature_ids": kept.feature_ids[rows],
+            "activations": kept.activations[rows],
+            "track_metrics": metrics[rows],
+            "track_families": {name: family[rows] for name, family in families.items()},
+        }
+        found.append(judge.probabilities(repeat_row(tables, len(tables.ids) - 1, len(resid), **changed)))
     return np.concatenate(found)
+
+
+def _repeat_last(kept: Features, n: int) -> Features:
+    """Return `n` copies of the last row, but of its log-probabilities."""
+    return dataclasses.replace(
+        kept,
+        feature_ids=np.repeat(kept.feature_ids[-1:], n, axis=0),
+        activations=np.repeat(kept.activations[-1:], n, axis=0),
+        recon_error=np.repeat(kept.recon_error[-1:], n, axis=0),
+        token_directions=np.repeat(kept.token_directions[-1:], n, axis=0),
+    )
 
 
 def _resid_weights(position: str, n_answer: int) -> Float[np.ndarray, "3 tokens"]:

@@ -4,15 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxsae import features, models, sae, tracking
 from jaxsae.artifacts import Answer, Features
 from jaxsae.config import TrackingConfig
-from jaxsae.detection import FittedDetector, Tables, build_tables
+from jaxsae.detection import Family, FittedDetector, Tables, build_tables
 from jaxsae.detection.explain import earliest_layer, repeat_row, scores_by_layer
 from jaxsae.features import Reading
-from jaxsae.pipeline.track import follow, follow_latents
+from jaxsae.pipeline.track import follow_all, follow_families, measure, metric_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +22,20 @@ class Judge:
     Attributes:
         suite: of all layers, as jax arrays.
         decoders: its decoder rows, for each layer [F, D], as NumPy.
+        concepts: the concept of each latent.
         keep: latents kept for each layer and position.
         tracker: the tracker's settings and the position it looks at.
+        links: the suite's link graph, where the tracker looks it up.
     """
 
     fitted: FittedDetector
     lm: models.LanguageModel
     suite: sae.SaeSuite
     decoders: list[np.ndarray]
+    concepts: Int[np.ndarray, "L F"]
     keep: int
     tracker: TrackingConfig
+    links: tracking.LinkGraph | None = None
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -49,13 +53,22 @@ class Judge:
         return features.read_ablated(self.lm, self.suite, answer, latents, keep=self.keep, names=self.positions)
 
     def follow(self, kept: Features) -> tracking.Tracks:
-        """Return the tracks of each row."""
-        return follow(kept, self.decoders, self.tracker)
+        """Return the tracks of each row; of each token of each row, where the tracker looks at all of them."""
+        return follow_all(kept, self.decoders, self.tracker, links=self.links)[0]
 
     def tabulate(self, answers: Sequence[Answer], kept: Features) -> Tables:
         """Return what the detector looks at, a row an answer."""
-        metrics = tracking.divergence_metrics(self.follow(kept))
-        return build_tables(kept, answers, metrics, tracking.DIVERGENCE_COLUMNS)
+        metrics, families = self._metrics(kept), self.families(kept, self.follow(kept))
+        return build_tables(kept, answers, metrics, metric_names(self.tracker), track_families=families)
+
+    def families(self, kept: Features, tracks: tracking.Tracks) -> dict[str, Family]:
+        """Return the families of features of the rows' tracks."""
+        return follow_families(kept, tracks, self.decoders, self.concepts, self.tracker, links=self.links)
+
+    def _metrics(self, kept: Features) -> Float[np.ndarray, "N Q"]:
+        """Return the metrics of the tracks through the layers of `kept`, all or the first."""
+        decoders = self.decoders[: kept.feature_ids.shape[1]]
+        return measure(*follow_all(kept, decoders, self.tracker, links=self.links), self.tracker)
 
     def probabilities(self, tables: Tables) -> Float[np.ndarray, " N"]:
         """Return the calibrated probabilities of hallucination."""
@@ -67,13 +80,8 @@ class Judge:
         The verdict after layer l is the detector's when it knows the tracks and probes up to layer l alone (see
         `jaxsae.detection.explain.scores_by_layer`); None where no layer turned what it says before it knows anything.
         """
-        ids, activations = kept.at(self.tracker.position)
-        n_layers = ids.shape[1]
-        metrics = np.empty((n_layers, len(tracking.DIVERGENCE_COLUMNS)))
-        for layer in range(n_layers):
-            seen = ids[-1:, : layer + 1], activations[-1:, : layer + 1]
-            tracks = follow_latents(*seen, self.decoders[: layer + 1], self.tracker)
-            metrics[layer] = tracking.divergence_metrics(tracks)[0]
+        n_layers = kept.feature_ids.shape[1]
+        metrics = np.concatenate([self._metrics(kept.last(layer + 1)) for layer in range(n_layers)])
         by_layer = repeat_row(tables, len(tables.ids) - 1, n_layers, track_metrics=metrics)
         scores = scores_by_layer(self.fitted, by_layer)
         is_hallucinated = self.fitted.calibrated(scores) >= self.fitted.threshold

@@ -12,6 +12,7 @@ from jaxsae.artifacts import InputError
 from jaxsae.config import RunConfig
 from jaxsae.detection.sweep import Point
 from jaxsae.pipeline.detect import protocol_of
+from jaxsae.pipeline.families import PROMPT
 from jaxsae.pipeline.trials import Trial
 
 _NOT_FITTED = ("detection.bootstrap", "detection.curves")  # settings that no point depends on
@@ -44,8 +45,10 @@ class Sweep:
 
     def protocol_of(self, config: RunConfig) -> detection.ProtocolConfig:
         """Return how a setting's detectors are fitted and judged; one thread each, as settings run side by side."""
-        detectors = self.config.sweep.detectors
-        return protocol_of(config, detectors=detectors, method=detectors[0], n_jobs=1)
+        detectors, families = self.config.sweep.detectors, config.detection.families
+        if PROMPT not in self.kept["features.positions"]:
+            families = tuple(name for name in families if name != "prompt")
+        return protocol_of(config, detectors=detectors, method=detectors[0], families=families, n_jobs=1)
 
     def identity(self, trial: Trial) -> dict[str, Any]:
         """Return what a point's numbers depend on."""

@@ -23,7 +23,9 @@ from jaxsae.features.encode import make_features
 from jaxsae.pipeline.explanation import Reference, Similar, TrackEvidence, explain
 from jaxsae.pipeline.extract import load_model
 from jaxsae.pipeline.judge import Judge
+from jaxsae.pipeline.links import needs_links, read_links
 from jaxsae.pipeline.stages import STAGES, read_record, record_path
+from jaxsae.pipeline.track import TOKENS, read_concepts
 
 TRACKS = 3  # explained unless asked otherwise
 DRAWS = 20  # random deletions beside each
@@ -46,7 +48,8 @@ class Score:
         earliest_layer: the first layer from which on the verdict is the final one, as far as the detector can know it
             there (see `jaxsae.detection.explain.scores_by_layer`); None where the final verdict is the one before
             anything is known, and no layer turned it.
-        tracks: those whose absence from the detector's input changes the probability most, the largest change first.
+        tracks: those whose absence from the detector's input changes the probability most, the largest change first;
+            none where the run tracked every token of an answer on its own.
         similar: the run's right answer whose latents are most like this one's; None where no track was to be explained
             or there is no other right answer.
         warnings: what to know before believing it, a sentence each.
@@ -126,14 +129,27 @@ class Detector:
         answers = artifacts.read_answers(workdir / "answers.jsonl")
         summary = artifacts.read_json(workdir / "answers_summary.json", rebuild="run jaxsae answer --redo")
         return cls(
-            Judge(fitted, lm, suite, decoders, keep, tracking),
+            Judge(
+                fitted,
+                lm,
+                suite,
+                decoders,
+                concepts=read_concepts(workdir),
+                keep=keep,
+                tracker=tracking,
+                links=read_links(workdir) if needs_links(tracking) else None,
+            ),
             Asking(
                 template=summary["prompt"],
                 stop=tuple(summary["stop"]),
                 max_new_tokens=read_section(answering, "questions").max_new_tokens,
                 **_lengths(answers),
             ),
-            ProtocolConfig(folds=read_section(detected, "detection").folds, seed=detected["seed"]),
+            ProtocolConfig(
+                folds=read_section(detected, "detection").folds,
+                families=fitted.settings.families,
+                seed=detected["seed"],
+            ),
             Reference.of(answers, artifacts.read_features(workdir / "features.npz"), tracking.position),
         )
 
@@ -255,7 +271,8 @@ class Detector:
         tables = judge.tabulate(reading.cuts, reading.features)
         probabilities = judge.probabilities(tables)
         how = {"tracks": tracks, "draws": draws, "seed": self.protocol.seed}
-        evidence, similar = explain(judge, reading, tables, self.reference, **how) if tracks else ((), None)
+        is_explained = tracks > 0 and judge.tracker.position != TOKENS
+        evidence, similar = explain(judge, reading, tables, self.reference, **how) if is_explained else ((), None)
         return Score(
             id=answer.id,
             prompt=answer.prompt,
@@ -268,11 +285,16 @@ class Detector:
             earliest_layer=judge.earliest_layer(tables, reading.features),
             tracks=evidence,
             similar=similar,
-            warnings=tuple(self._warnings(answer, is_whole)),
+            warnings=tuple(self._warnings(answer, is_whole, tracks=tracks)),
         )
 
-    def _warnings(self, answer: Answer, is_whole: bool) -> Iterator[str]:
+    def _warnings(self, answer: Answer, is_whole: bool, *, tracks: int) -> Iterator[str]:
         asking, n_tokens = self.asking, len(answer.answer_ids)
+        if tracks > 0 and self.judge.tracker.position == TOKENS:
+            yield (
+                f"this run's tracks are those of every token (tracking.position={TOKENS}): none is explained; run "
+                "track and detect with a single position for that"
+            )
         if not n_tokens:
             learned = "" if asking.has_empty else "; none of the answers learned from was empty"
             yield f"the answer is empty: scored by the last token of the prompt{learned}"
@@ -311,7 +333,7 @@ def _whole(readings: Sequence[Any]) -> tuple[list[Answer], Features]:
     answers = [dataclasses.replace(one.cuts[-1], id=str(row)) for row, one in enumerate(readings, start=1)]
     arrays = {
         name: np.concatenate([getattr(one.features, name)[-1:] for one in readings])
-        for name in ("feature_ids", "activations", "resid", "recon_error")
+        for name in ("feature_ids", "activations", "resid", "recon_error", "token_directions")
     }
     return answers, make_features(answers, arrays, readings[0].features.positions)
 
@@ -342,6 +364,7 @@ def _matching_records(workdir: Path) -> dict[str, dict[str, Any]]:
     seen = records["detect"]["inputs"] | {
         f"detector/{JSON_NAME}": records["detect"]["outputs"][f"detector/{JSON_NAME}"]
     }
+    seen |= {name: digest for name, digest in records["track"]["outputs"].items() if name == "links.npz"}
     for name, digest in seen.items():
         path = workdir / name
         if not path.is_file() or artifacts.sha256_file(path) != digest:

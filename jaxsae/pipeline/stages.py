@@ -104,7 +104,7 @@ STAGES: dict[str, Stage] = {
             sources=("model",),
             reads={"answers.jsonl": "answer", "saes/evaluation.json": "train"},
             writes=("features.npz", "tracks.npz"),
-            clears=("features.npz", "features.resid.zarr", "tracks.npz"),
+            clears=("features.npz", "features.resid.zarr", "links.npz", "tracks.npz"),
         ),
         Stage(
             name="detect",
@@ -145,17 +145,28 @@ STAGES: dict[str, Stage] = {
 
 
 def stages_of(config: RunConfig) -> dict[str, Stage]:
-    """Return the stages of a run in order: where activations are streamed, training itself reads model and corpus."""
-    if config.activations.source == "store":
-        return STAGES
-    train = STAGES["train"]
-    streaming = dataclasses.replace(
-        train,
-        settings=(*train.settings, "model", "corpus", "activations"),
-        sources=(*train.sources, "corpus"),
-        reads={},
-    )
-    return {name: streaming if stage is train else stage for name, stage in STAGES.items() if name != "extract"}
+    """Return the stages of a run in order.
+
+    Where activations are streamed, training itself reads model and corpus. What tracking reads and writes besides
+    depends on `tracking.links`.
+    """
+    stages = dict(STAGES)
+    if config.activations.source == "stream":
+        del stages["extract"]
+        train = STAGES["train"]
+        stages["train"] = dataclasses.replace(
+            train,
+            settings=(*train.settings, "model", "corpus", "activations"),
+            sources=(*train.sources, "corpus"),
+            reads={},
+        )
+    track = STAGES["track"]
+    if config.tracking.links != "none":
+        track = dataclasses.replace(track, writes=(*track.writes, "links.npz"))
+    if config.tracking.links == "coactivation":
+        track = dataclasses.replace(track, settings=(*track.settings, "corpus"), sources=(*track.sources, "corpus"))
+    stages["track"] = track
+    return stages
 
 
 class Interruption(BaseException):

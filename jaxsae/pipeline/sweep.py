@@ -23,6 +23,7 @@ from jaxsae.detection.steps import Steps
 from jaxsae.detection.sweep import MEASURES, Point, Rows, judge_points, published_error
 from jaxsae.pipeline import stages
 from jaxsae.pipeline.detect import make_tables, write_rows
+from jaxsae.pipeline.links import needs_links
 from jaxsae.pipeline.points import Sweep
 from jaxsae.pipeline.trials import Search, Trial, label_of, listed_trials, propose_trial
 from jaxsae.pipeline.workers import Bench, Workers, n_workers
@@ -113,6 +114,8 @@ def prepare(config: RunConfig, workdir: Path, config_name: str) -> Sweep:
     for name, digest in inputs.items():
         if made_of.get(name) != digest:
             raise InputError(f"{workdir}/{name} is not the one that the features are of; run jaxsae track")
+    if (workdir / "links.npz").is_file():
+        inputs["links.npz"] = artifacts.sha256_file(workdir / "links.npz")
     kept = {name: value for name, value in about["identity"]["settings"].items() if name.startswith("features.")}
     return Sweep(config, workdir, config.sweep.name or config_name, inputs, kept)
 
@@ -128,13 +131,29 @@ def check(sweep: Sweep) -> list[Trial]:
             raise InputError(f"sweep.detectors names {name!r}, expected any of {', '.join(detection.DETECTORS)}")
     trials = listed_trials(sweep.config, kept=sweep.kept)
     for trial in trials:
-        sweep.protocol_of(trial.config)
+        _check_trial(sweep, trial)
     if sweep.config.sweep.trials is not None:
         for axis in sweep.config.sweep.axes:
             for value in _ends(axis):
                 propose_trial(sweep.config, {axis.name: value}, kept=sweep.kept)
         Search(sweep.config.sweep.axes, n_searches=1, seed=sweep.config.seed)  # asks for Optuna
     return trials
+
+
+def _check_trial(sweep: Sweep, trial: Trial) -> None:
+    """Raise InputError for a trial whose detectors are not made, or whose link graph the run does not have."""
+    judged = sweep.protocol_of(trial.config).judged
+    for name in sweep.config.sweep.detectors:
+        if name not in judged:
+            raise InputError(
+                f"sweep.detectors names {name}, which reads a family of features that setting {trial.name} leaves out; "
+                "add it to detection.families"
+            )
+    changed = [name for name in trial.changes if name.startswith("tracking.links")]
+    if changed:
+        raise InputError(f"{changed[0]} is of links.npz, which a sweep reads as it is; set it and run jaxsae track")
+    if needs_links(trial.config.tracking) and "links.npz" not in sweep.inputs:
+        raise InputError(f"setting {trial.name} needs links.npz, which {sweep.workdir} lacks; run jaxsae track")
 
 
 def _ends(axis: SweepAxis | SweepRange) -> Sequence[Any]:
@@ -166,7 +185,7 @@ def _make(sweep: Sweep, trials: list[Trial], command_line: str) -> dict[str, Any
     """Try, judge and write; return the content of results.json."""
     started = time.monotonic()
     bench = Bench.load(sweep)
-    tables = make_tables(bench.features, bench.answers, _no_tracks(bench.features))
+    tables = make_tables(bench.features, bench.answers, _no_tracks(bench.features), {})
     check_rows(tables, sweep.protocol)
     folds = make_folds(tables, sweep.protocol)
     rows = Rows(tables.labels, tables.group_index, folds)

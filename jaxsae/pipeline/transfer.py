@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxsae import artifacts, detection
 from jaxsae.artifacts import InputError
+from jaxsae.detection.tables import TRACK_FAMILIES as FAMILIES
 from jaxsae.detection.transfer import TRANSFERRED, transfer_matrix
 from jaxsae.pipeline.detect import read_tables, write_rows
 from jaxsae.pipeline.stages import STAGES, read_record, record_path
@@ -28,7 +29,8 @@ def run(workdirs: Sequence[Path], out: Path, *, seed: int = 0, bootstrap: int = 
     _check_same_saes(workdirs)
     _check_same_settings(workdirs)
     tables = {workdir.name: read_tables(workdir) for workdir in workdirs}
-    config = detection.ProtocolConfig(seed=seed, bootstrap=bootstrap)
+    everywhere = [name for name in FAMILIES if all(name in each.track_families for each in tables.values())]
+    config = detection.ProtocolConfig(seed=seed, bootstrap=bootstrap, families=("metrics", *everywhere))
     with Progress("transfer", len(names) ** 2, "pairs") as bar:
         done = iter(range(1, len(names) ** 2 + 1))
         rows = transfer_matrix(tables, config, on_pair=lambda train, test: bar.update(next(done), f"{train} to {test}"))

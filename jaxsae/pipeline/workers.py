@@ -16,13 +16,15 @@ from jaxtyping import Int
 from jaxsae import artifacts, sae
 from jaxsae.artifacts import Answer, Features, InputError
 from jaxsae.config import RunConfig
-from jaxsae.detection.baselines import CONTROLS
 from jaxsae.detection.nesting import quiet_single_threaded_blas
 from jaxsae.detection.splits import make_folds
 from jaxsae.detection.sweep import Known, Point, fit_point
+from jaxsae.detection.tracks import CONTROLS, FAMILIES, FAMILY_DETECTORS, METHOD
 from jaxsae.pipeline.detect import make_tables
+from jaxsae.pipeline.families import read_families
+from jaxsae.pipeline.links import needs_links, read_links
 from jaxsae.pipeline.points import Sweep
-from jaxsae.pipeline.track import track_arrays
+from jaxsae.pipeline.track import read_concepts, track_arrays
 from jaxsae.pipeline.trials import Trial
 from jaxsae.progress import Progress
 
@@ -51,13 +53,31 @@ class Bench:
         with quiet_single_threaded_blas():
             protocol = self.sweep.protocol_of(trial.config)
             if self.tracked[0] != trial.tracks_key:
-                wanted = [name.removeprefix("tracks_") for name in protocol.parts if name in CONTROLS]
-                arrays = track_arrays(self.features, self.decoders, trial.config.tracking, controls=wanted)
-                self.tracked = trial.tracks_key, arrays
-            tables = make_tables(self.features, self.answers, self.tracked[1])
+                self.tracked = trial.tracks_key, self._follow(trial, protocol.parts)
+            arrays = self.tracked[1]
+            families = read_families(arrays, "a setting") if _read_families(protocol.parts) else {}
+            tables = make_tables(self.features, self.answers, arrays, families)
             if self.folds is None:
                 self.folds = make_folds(tables, protocol)
             self.sweep.write_point(trial, fit_point(tables, protocol, folds=self.folds, known=self.known))
+
+    def _follow(self, trial: Trial, parts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return what `tracks.npz` would hold, as far as the detectors read it."""
+        workdir, config = self.sweep.workdir, trial.config.tracking
+        return track_arrays(
+            self.features,
+            self.decoders,
+            config,
+            links=read_links(workdir) if needs_links(config) else None,
+            concepts=read_concepts(workdir) if _read_families(parts) else None,
+            controls=[name.removeprefix("tracks_") for name in parts if name in CONTROLS],
+        )
+
+
+def _read_families(parts: Sequence[str]) -> bool:
+    """Say whether some of the detectors read more of the tracks than their metrics."""
+    readers = {name for family in FAMILIES if family != "metrics" for name in FAMILY_DETECTORS[family]}
+    return bool(readers.union([METHOD]).intersection(parts))
 
 
 class Workers:

@@ -49,14 +49,18 @@ class ReportInputs:
         history: one row per evaluation and layer: step, tokens, layer, fvu, mse, l0, dead, loss.
         detection: one row a detector: name, definition, n, n_groups, auroc, ci_low, ci_high, p_value, pr_auc,
             base_rate, brier, ece (by Platt's line), brier_isotonic, ece_isotonic, aurc, aurc_best, accuracy, precision,
-            recall, f1; risk_coverage: points of coverage and risk.
+            recall, f1; risk_coverage: points of coverage and risk; n_choices: configurations that inner validation
+            chose between, and chosen: which (repeat, fold, and what applies of layer, c, model, families).
         curves: kind ("few_labels", "label_noise"), detector, share, n_labelled, auroc, ci_low, ci_high.
         canary: auroc, ci_low, ci_high of noise in place of the features.
         by_category: detector, category, n_right, n_wrong (of the category), auroc, ci_low, ci_high (its hallucinated
             answers against all right ones, unless `kind` says otherwise), and, optional, kind, within_auroc,
             within_ci_low, within_ci_high (against the right ones of the category).
         differences: paired AUROC differences on the same resamples: name, difference, ci_low, ci_high, definition.
-        counts: rows, groups, right, wrong, empty; by_category: category -> right, wrong.
+        ablations: what each family of track features adds to the stack: family, kind ("added" alone, or "removed" from
+            the stack with all of them), difference (above 0: the family helps), ci_low, ci_high, definition.
+        counts: rows, groups, right, wrong, empty; choices_tried: configurations of all detectors together;
+            by_category: category -> right, wrong.
         labels: of all answers, those left out included: counts (asked, right, wrong, empty, refusal, dropped),
             hallucinated_by_rule (rule -> answers), agreement (a, b, n, agreement, kappa).
         predictions: detector -> (labels, scores, groups), out of fold; a label of 1 is a hallucinated answer. The ROC
@@ -90,6 +94,7 @@ class ReportInputs:
     canary: Row | None = None
     by_category: Sequence[Row] = ()
     differences: Sequence[Row] = ()
+    ablations: Sequence[Row] = ()
     curves: Sequence[Row] = ()
     counts: Row = dataclasses.field(default_factory=dict)
     labels: Row = dataclasses.field(default_factory=dict)
@@ -401,6 +406,36 @@ def difference_table(inputs: ReportInputs) -> Table:
     marked = frozenset(index for index, row in enumerate(inputs.differences) if row["name"] in deciding)
     header = ("Difference", "AUROC", "95% interval", "Interval", "Definition")
     return Table(header, rows, "lrrrl", marked=marked)
+
+
+def ablation_table(inputs: ReportInputs) -> Table:
+    """Tabulate what each family of track features adds to the stack without tracks, and to all other families."""
+    rows: list[tuple[Inline, ...]] = []
+    for family in dict.fromkeys(row["family"] for row in inputs.ablations):
+        cells: list[Inline] = [Code(family)]
+        for kind in ("added", "removed"):
+            of_kind = [row for row in inputs.ablations if (row["family"], row["kind"]) == (family, kind)]
+            row: Row = of_kind[0] if of_kind else {}
+            cells += [signed(row.get("difference")), interval(row, signed), side_of_zero(row)]
+        rows.append(tuple(cells))
+    to_stack, to_all = "Added to the stack", "Beside the other families"
+    header = ("Family", to_stack, "95% interval", "Interval", to_all, "95% interval", "Interval")
+    return Table(header, tuple(rows), "l" + "r" * 6)
+
+
+def choice_table(row: Row) -> Table:
+    """Tabulate what inner validation chose for a detector in each fold, the most frequent choice first."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for chosen in row.get("chosen") or ():
+        found.setdefault(_choice_cells(chosen), []).append(f"{chosen['repeat'] + 1}.{chosen['fold'] + 1}")
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+    rows: list[tuple[Inline, ...]] = [(*cells, str(len(folds)), ", ".join(folds)) for cells, folds in ordered]
+    return Table(("Classifier", "Track features", "Folds", "Repeat.fold"), tuple(rows), "llrl")
+
+
+def _choice_cells(chosen: Row) -> tuple[str, ...]:
+    families = str(chosen.get("families") or "").replace("+", ", ")
+    return str(chosen.get("model") or ABSENT), families or ABSENT
 
 
 def side_of_zero(row: Row) -> str:

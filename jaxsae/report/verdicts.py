@@ -214,13 +214,21 @@ def detection_verdict(inputs: ReportInputs) -> Verdict:
         return Verdict("missing", "Detection: no verdict", text.strip())
     side = side_of_zero(row)
     best = f"{inputs.best_baseline}, the best of answer length and the log-prob family"
-    text = f"{scores} Paired difference {signed(row['difference'])}, 95% interval {interval(row, signed)}: "
+    text = f"{scores}{_choices_sentence(inputs)} Paired difference {signed(row['difference'])}, 95% interval "
+    text += f"{interval(row, signed)}: "
     if side == "above 0":
         return Verdict("good", "Detection: the method passes", f"{text}{inputs.method} is better than {best}.")
     if side == "below 0":
         return Verdict("bad", "Detection: the method does not pass", f"{text}{inputs.method} is worse than {best}.")
     claim = f"{inputs.method} cannot be told from {best}."
     return Verdict("open", "Detection: the method does not pass, a null result", text + claim)
+
+
+def _choices_sentence(inputs: ReportInputs) -> str:
+    """Say how many configurations the method was chosen from; nothing where there was one."""
+    row = named(inputs.detection, inputs.method)
+    n_choices = (row or {}).get("n_choices", 1)
+    return f" In each fold the method is the best of {n_choices} in inner validation." if n_choices > 1 else ""
 
 
 def _score_sentence(inputs: ReportInputs, name: str) -> str:

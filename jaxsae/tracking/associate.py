@@ -14,8 +14,9 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxsae.artifacts import InputError
 
-ASSOCIATIONS = ("hungarian", "greedy", "feature_id", "none")
+ASSOCIATIONS = ("hungarian", "greedy", "links", "feature_id", "none")
 GATES = ("after", "before")
+NULLS = ("none", "random_pairs", "matched_activation")
 SILENT = 1e-6  # a track at or below this activation has no ratio to compare; from the published tracker
 AUDIBLE = 0.1  # beside a silent track, a feature above this activation differs as much as can be; same source
 
@@ -25,11 +26,13 @@ class TrackerConfig:
     """Settings of the tracker; the defaults are `reference()` except that `gate` is "before".
 
     Cost of a track with last observation (a_p, e_p) going on as a feature (a, e), e the decoder vectors:
-    semantic_weight · (1 - cos(e_p, e)) + activation_weight · |a_p - a| / (a_p + a).
+    semantic_weight · (1 - s) + activation_weight · |a_p - a| / (a_p + a), with the similarity s = cos(e_p, e).
 
     Attributes:
         association: "hungarian" takes the assignment of least total cost; "greedy" lets the track with the largest
-            last activation choose first; "feature_id" continues a track by its last latent id; "none" matches nothing.
+            last activation choose first; "links" is "hungarian" among the pairs that a `LinkGraph` links, with the
+            links' strengths as similarities: a lookup, no decoder is read; "feature_id" continues a track by its last
+            latent id; "none" matches nothing.
         birth_threshold: an unmatched feature starts a track if its activation is above this, in activation units.
         association_threshold: only pairs of a cost below this match; 0.4 is stricter than 0.5.
         semantic_weight: weight of the cosine distance, which lies in [0, 2].
@@ -39,9 +42,15 @@ class TrackerConfig:
             are never assigned; among all sets of pairs below the threshold the one of least total cost is taken, where
             a pair that is not made costs the threshold, so no worse set is taken only because it matches more. The
             other associations look at single pairs, where the two are the same.
-        max_missed_layers: layers in a row that a track may go without an observation and live on.
+        max_missed_layers: layers in a row that a track may go without an observation and live on. With "links" a track
+            moves, in a layer it misses, to the strongest neighbour of the latent it was at, and goes on from there.
         normalise_activations: divide a sample's activations in each layer by the mean of the positive ones among them,
             before anything is compared with a threshold. A sample's tracks never depend on the other samples.
+        null: what similarity counts from. With "random_pairs" or "matched_activation" s = (c - q) / (1 - q) with the
+            cosine (or strength) c, and q of the two layers: one in 1,000 pairs of unrelated latents exceeds it. So s is
+            1 for equal directions and 0 at the null in every layer, and a threshold means the same in all of them.
+            Unrelated are pairs drawn at random, or pairs of equal rank among the latents that fire on one token of a
+            corpus, whichever are not each other's best. "none": s = c.
     """
 
     association: str = "hungarian"
@@ -52,10 +61,12 @@ class TrackerConfig:
     gate: str = "before"
     max_missed_layers: int = 0
     normalise_activations: bool = False
+    null: str = "none"
 
     def __post_init__(self):
         _check_choice("association", self.association, ASSOCIATIONS)
         _check_choice("gate", self.gate, GATES)
+        _check_choice("null", self.null, NULLS)
         for name in ("birth_threshold", "association_threshold", "semantic_weight", "activation_weight"):
             _check_weight(name, getattr(self, name))
         if self.association_threshold == 0:
@@ -91,18 +102,23 @@ def _check_flag(name: str, value: object) -> None:
         raise InputError(f"tracking.{name} is {value!r}, expected True or False")
 
 
-def decisive_cosines(config: TrackerConfig) -> tuple[float, float]:
-    """Return (low, high): at a cosine up to `low` no pair matches, above `high` each has a cost below the threshold.
+def decisive_similarities(config: TrackerConfig) -> tuple[float, float]:
+    """Return (low, high): at a similarity up to `low` no pair matches, above `high` each costs less than the threshold.
 
-    With weights w and v of cosine and activations, and threshold t, a cost lies between w (1 - cos) and that + v. Where
-    costs above the threshold decide as well, as in the assignment of least total cost before its gate, low is -inf.
+    With weights w > 0 and v of similarity and activations, and threshold t, a cost lies between w (1 - s) and that + v.
     """
-    if config.association == "hungarian" and config.gate == "after":
-        return -math.inf, math.inf
-    if config.semantic_weight == 0:
-        return math.inf, math.inf
     low = 1 - config.association_threshold / config.semantic_weight
     return low, low + config.activation_weight / config.semantic_weight
+
+
+def activation_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Return the relative differences of activations, between 0 and 1.
+
+    A track at or below 1e-6 has difference 1 to a feature above 0.1 and 0 to any other.
+    """
+    is_silent = before <= SILENT
+    change = np.abs(before - after) / (np.where(is_silent, 1.0, before) + after)
+    return np.where(is_silent, np.where(after > AUDIBLE, 1.0, 0.0), change) if is_silent.any() else change
 
 
 def pair_costs(
@@ -112,23 +128,9 @@ def pair_costs(
     *,
     config: TrackerConfig,
 ) -> Float[np.ndarray, "N R K"]:
-    """Return the cost of every (track, feature) pair; `cos` is clipped to [-1, 1] first.
-
-    A track at or below 1e-6 has activation difference 1 to a feature above 0.1 and 0 to any other.
-    """
-    before, after = row_activations[:, :, None], col_activations[:, None, :]
-    is_silent = before <= SILENT
-    change = before - after
-    np.abs(change, out=change)
-    change /= np.where(is_silent, 1.0, before) + after
-    if is_silent.any():
-        change = np.where(is_silent, np.where(after > AUDIBLE, 1.0, 0.0), change)
-    change *= config.activation_weight
-    cost = np.clip(cos, -1.0, 1.0)
-    np.subtract(1.0, cost, out=cost)
-    cost *= config.semantic_weight
-    cost += change
-    return cost
+    """Return the cost of every (track, feature) pair; `cos` is clipped to [-1, 1] first."""
+    change = activation_change(row_activations[:, :, None], col_activations[:, None, :])
+    return config.semantic_weight * (1.0 - np.clip(cos, -1.0, 1.0)) + config.activation_weight * change
 
 
 def assign_hungarian(

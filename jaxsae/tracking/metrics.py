@@ -51,7 +51,7 @@ def divergence_metrics(tracks: Tracks) -> Float[np.ndarray, "N Q"]:
     such a track, and survival_rate without any track. Rates are per layer.
     """
     owner = np.repeat(np.arange(tracks.n_samples), np.diff(tracks.sample_offsets))
-    density = _density(tracks, owner)
+    density = count_living(tracks, owner)
     entropy, competition, dominance = _per_layer(tracks, owner)
     columns = {
         **_spread("entropy", entropy),
@@ -78,7 +78,7 @@ def _spread(name: str, values: Float[np.ndarray, "N L"]) -> dict[str, np.ndarray
     }
 
 
-def _density(tracks: Tracks, owner: Int[np.ndarray, " R"]) -> Float[np.ndarray, "N L"]:
+def count_living(tracks: Tracks, owner: Int[np.ndarray, " R"]) -> Float[np.ndarray, "N L"]:
     """Count the tracks living at each layer."""
     n_samples, n_layers = tracks.n_samples, tracks.n_layers
     dies = tracks.death >= 0

@@ -1,41 +1,25 @@
 """Tracks: SAE features followed through the layers.
 
 Samples are independent of each other, layers follow one another: the outer loop runs over layers, and each step is
-done for blocks of samples. A step holds `max_missed_layers` + 2 decoders and a block of gathered decoder rows; beyond
-those, memory is the input, the output and a few arrays [N, K].
+done for blocks of samples. A step holds `max_missed_layers` + 2 decoders, gathered decoder rows of a few samples and
+the cosines of a block; beyond those, memory is the input, the output and a few arrays [N, K].
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxsae.artifacts import InputError
-from jaxsae.tracking.associate import (
-    TrackerConfig,
-    assign_by_id,
-    assign_greedy,
-    assign_hungarian,
-    decisive_cosines,
-    pair_costs,
-)
+from jaxsae.tracking.associate import TrackerConfig, assign_by_id
+from jaxsae.tracking.cosines import Cosines, blocks
+from jaxsae.tracking.links import NULLS, Decoders, LinkGraph, check_null, random_null
+from jaxsae.tracking.pairs import Side, match_by_cosine, match_by_links
 
-PAIR_BYTES = 8 * 2**20  # cost matrices of a block of samples; larger ones were not faster
-VECTOR_BYTES = 2 * 2**20
-DOT_ROWS = 128  # vectors gathered for float64 sums at a time: they stay in the cache
-SINGLE_NORMS = (1e-12, 1e12)  # between these a product of two float32 vectors neither overflows nor vanishes
-FEW_PAIRS = 0.06  # share of the pairs up to which single dot products are cheaper than a float64 matrix product
-
-
-@runtime_checkable
-class Decoders(Protocol):
-    """L decoder matrices [F, D]: an array, a list, or anything that reads one layer when indexed."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, layer: int, /) -> Any: ...
+PAIR_BYTES = 2 * 2**20  # arrays of all pairs of a block of samples; larger ones were not faster
+MOST_NULL = 0.99  # above it, (c - q) / (1 - q) would be rounding alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +59,22 @@ class Tracks:
         return {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
+    def concatenate(cls, parts: Sequence["Tracks"]) -> "Tracks":
+        """Return the samples of several, at least one, one after the other."""
+
+        def joined(offsets: list[np.ndarray]) -> np.ndarray:
+            ends = np.cumsum([0, *(part[-1] for part in offsets)])
+            return np.concatenate([[0], *(part[1:] + end for part, end in zip(offsets, ends, strict=False))])
+
+        flat = ("birth", "death", "layer", "feature_id", "activation")
+        return cls(
+            sample_offsets=joined([part.sample_offsets for part in parts]),
+            observation_offsets=joined([part.observation_offsets for part in parts]),
+            n_layers=parts[0].n_layers,
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in flat},
+        )
+
+    @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Tracks":
         """Build tracks from what `arrays` gave; other names in `arrays` are left alone.
 
@@ -106,6 +106,8 @@ def track(
     activations: Float[np.ndarray, "N L K"] | np.ndarray,
     decoders: Decoders,
     config: TrackerConfig,
+    *,
+    links: LinkGraph | None = None,
 ) -> Tracks:
     """Follow each sample's features through L layers; the tracks are those of arithmetic in float64.
 
@@ -117,12 +119,14 @@ def track(
     Args:
         feature_ids: latent of each slot; -1 marks an empty one.
         activations: descending, 0 in empty slots; a slot of activation 0 counts as empty whatever its id.
-        decoders: row f of item l is the decoder vector of latent f of layer l. Each item is read once, in order. All
-            widths D agree, because vectors of neighbouring layers are compared.
+        decoders: row f of item l is the decoder vector of latent f of layer l. Each item is read once, in order, none
+            with association "links". All widths D agree, because vectors of neighbouring layers are compared.
         config: the tracker's settings.
+        links: the graph that association "links" looks up, and where the nulls are read. Without it the null of random
+            pairs is measured here, on the same pairs. Its layers are those of the features, or more.
 
     Raises:
-        InputError: shapes, ids, activations or decoders do not fit each other, or hold what cannot be; it names
+        InputError: shapes, ids, activations, decoders or links do not fit each other, or hold what cannot be; it names
             sample, layer and value.
     """
     feature_ids, activations = np.asarray(feature_ids), np.asarray(activations)
@@ -131,29 +135,110 @@ def track(
         _check_layer(feature_ids[:, layer].astype(np.int64), activations[:, layer], layer)
 
     n_samples, n_layers, _ = feature_ids.shape
+    look: _ByCosine | _ByLinks
+    if config.association == "links":
+        look = _ByLinks(links, config, n_layers)
+    else:
+        look = _ByCosine(decoders, links, config, n_layers)
     living = _Living.none(n_samples)
     log = _Log(n_samples)
-    window: dict[int, _Decoder] = {}
     for layer in range(n_layers):
-        window.pop(layer - config.max_missed_layers - 2, None)
         features = _Features.at(layer, feature_ids, activations, config)
-        window[layer] = _read_decoder(decoders, features, window)
-        features.inverse_norms = window[layer].inverse_norms[features.ids]
-        assignment = _associate(living, features, window, config)
+        look.enter(features)
+        assignment = _associate(living, features, look, config)
         living = _advance(living, features, assignment, log, config)
+        look.leave(living, layer)
     return log.tracks(living, lambda layer: _Features.at(layer, feature_ids, activations, config))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decoder:
-    """One layer's decoder vectors, and 1 / norm of those that its features use: 0 where the norm is 0.
+class _ByCosine:
+    """Associates by the decoders, of which it reads one more in each layer."""
 
-    `is_single`: products of its vectors in float32 have no more error than rounding makes.
-    """
+    def __init__(self, decoders: Decoders, links: LinkGraph | None, config: TrackerConfig, n_layers: int) -> None:
+        self._decoders, self._links, self._config = decoders, links, config
+        self._spans = config.max_missed_layers + 1
+        if config.null != "none" and (links is not None or config.null != "random_pairs"):
+            check_null(links, config.null, n_layers=n_layers, spans=self._spans)
+        self._cosines = Cosines()
+        self._layer = 0
+        self._null: Float[np.ndarray, " spans"] | None = None
 
-    vectors: Float[np.ndarray, "F D"]
-    inverse_norms: Float[np.ndarray, " F"]
-    is_single: bool
+    def enter(self, features: "_Features") -> None:
+        self._layer = layer = features.layer
+        self._cosines.forget(layer - self._spans - 1)
+        self._cosines.add(layer, np.asarray(self._decoders[layer]), features.ids)
+        if self._config.null != "none" and layer > 0:
+            spans = range(1, min(self._spans, layer) + 1)
+            self._null = np.array([self._measured(layer - span, span) for span in spans])
+            _check_calibration(self._null, layer)
+
+    def leave(self, living: "_Living", layer: int) -> None:
+        """Do nothing: a track is compared by what was last observed of it."""
+
+    def sample_bytes(self, n_rows: int, n_slots: int) -> int:
+        return 8 * n_rows * n_slots
+
+    def match(self, tracks: Side, features: Side) -> Int[np.ndarray, "N K"]:
+        return match_by_cosine(tracks, features, self._layer, self._cosines, self._config, self._null)
+
+    def _measured(self, start: int, span: int) -> float:
+        """Return the null cosine between layer `start` and the one `span` further on."""
+        if self._links is not None:
+            return float(self._links.null_cosines[NULLS.index(self._config.null), span - 1, start])
+        before, after = self._cosines.vectors(start), self._cosines.vectors(start + span)
+        return random_null(before, after, layer=start, span=span)
+
+
+class _ByLinks:
+    """Associates by looking up a link graph."""
+
+    def __init__(self, links: LinkGraph | None, config: TrackerConfig, n_layers: int) -> None:
+        if links is None:
+            raise InputError("tracking.association=links needs a link graph, none was given; pass links=")
+        if links.n_layers < n_layers:
+            raise InputError(
+                f"links are of {links.n_layers} layers, the features of {n_layers}; make them of the same SAEs"
+            )
+        if config.null != "none":
+            check_null(links, config.null, n_layers=n_layers, spans=1)
+        self._links, self._config = links, config
+        self._layer = 0
+
+    def enter(self, features: "_Features") -> None:
+        self._layer = layer = features.layer
+        largest = features.ids.max(initial=-1)
+        if largest >= self._links.n_latents:
+            sample = int(np.argmax(features.ids.max(axis=1) == largest))
+            raise InputError(
+                f"feature id {largest} in sample {sample}, layer {layer}: the links are of {self._links.n_latents} "
+                "latents, expected ids below that; make them of the SAEs that made the features"
+            )
+        if layer == 0:
+            return
+        self._strengths = self._links.strengths(layer - 1)
+        if self._config.null != "none":
+            null = self._links.null_strengths[NULLS.index(self._config.null), layer - 1]
+            _check_calibration(np.array([null]), layer)
+            self._strengths = (self._strengths - null) / (1 - null)
+
+    def leave(self, living: "_Living", layer: int) -> None:
+        """Move the tracks that missed the layer to the strongest neighbour of where they were; -1 if there is none."""
+        missed = living.is_real() & (living.layer < layer) & (living.ids >= 0)
+        living.ids[missed] = self._links.ids[layer - 1, living.ids[missed], 0]
+
+    def sample_bytes(self, n_rows: int, n_slots: int) -> int:
+        return 12 * n_rows * self._links.ids.shape[2] + 2 * self._links.n_latents
+
+    def match(self, tracks: Side, features: Side) -> Int[np.ndarray, "N K"]:
+        return match_by_links(tracks, features, self._links.ids[self._layer - 1], self._strengths, self._config)
+
+
+def _check_calibration(null: Float[np.ndarray, " spans"], layer: int) -> None:
+    if not (null < MOST_NULL).all():
+        raise InputError(
+            f"unrelated latents of layer {layer} and those before have cosines or strengths up to {null.max():.3f}, "
+            f"expected less than {MOST_NULL}: nothing can be told from that; set tracking.null=none"
+        )
 
 
 @dataclasses.dataclass
@@ -164,7 +249,6 @@ class _Features:
     count: Int[np.ndarray, " N"]
     ids: Int[np.ndarray, "N K"]
     activations: Float[np.ndarray, "N K"]
-    inverse_norms: Float[np.ndarray, "N K"]
 
     @classmethod
     def at(cls, layer: int, feature_ids: np.ndarray, activations: np.ndarray, config: TrackerConfig) -> "_Features":
@@ -174,14 +258,15 @@ class _Features:
             count = is_real.sum(axis=1, keepdims=True)
             acts /= np.where(count > 0, acts.sum(axis=1, keepdims=True) / np.maximum(count, 1), 1.0)
         ids = np.where(is_real, feature_ids[:, layer].astype(np.int64), -1)
-        return cls(layer, is_real.sum(axis=1), ids, acts, np.zeros_like(acts))
+        return cls(layer, is_real.sum(axis=1), ids, acts)
 
 
 @dataclasses.dataclass
 class _Living:
     """The living tracks of each sample in creation order: N rows, padded on the right, the first `count` real.
 
-    `number` counts a sample's tracks from 0. The other fields are the last observation's.
+    `number` counts a sample's tracks from 0. The other fields are the last observation's, but `ids` in layers that a
+    track missed if it moves along links.
     """
 
     count: Int[np.ndarray, " N"]
@@ -189,15 +274,14 @@ class _Living:
     layer: Int[np.ndarray, "N S"]
     ids: Int[np.ndarray, "N S"]
     activations: Float[np.ndarray, "N S"]
-    inverse_norms: Float[np.ndarray, "N S"]
 
     @classmethod
     def none(cls, n_samples: int) -> "_Living":
         empty, nothing = np.zeros((n_samples, 0), np.int64), np.zeros((n_samples, 0))
-        return cls(np.zeros(n_samples, np.int64), empty, empty, empty, nothing, nothing)
+        return cls(np.zeros(n_samples, np.int64), empty, empty, empty, nothing)
 
     def columns(self) -> tuple[np.ndarray, ...]:
-        return self.number, self.layer, self.ids, self.activations, self.inverse_norms
+        return self.number, self.layer, self.ids, self.activations
 
     def is_real(self) -> Bool[np.ndarray, "N S"]:
         return np.arange(self.number.shape[1]) < self.count[:, None]
@@ -253,135 +337,25 @@ def _owners(
 
 
 def _associate(
-    living: _Living, features: _Features, window: Mapping[int, _Decoder], config: TrackerConfig
+    living: _Living, features: _Features, look: "_ByCosine | _ByLinks", config: TrackerConfig
 ) -> Int[np.ndarray, "N K"]:
     """Return for each feature the living track that goes on as it, or -1."""
     assignment = np.full(features.ids.shape, -1)
     width, n_slots = living.number.shape[1], features.ids.shape[1]
     if config.association == "none" or not width:
         return assignment
-    for block in _blocks(len(assignment), _step(8 * width * n_slots, PAIR_BYTES)):
-        rows, cols = slice(width), slice(int(features.count[block].max()))
-        ids, acts = features.ids[block, cols], features.activations[block, cols]
+    sample_bytes = look.sample_bytes(width, n_slots)
+    for block in blocks(len(assignment), max(1, PAIR_BYTES // max(1, sample_bytes))):
+        cols = slice(int(features.count[block].max()))
+        ids = features.ids[block, cols]
         if config.association == "feature_id":
             assignment[block, cols] = assign_by_id(living.ids[block], ids, ids >= 0)
             continue
-        cos = _cosines(living, features, block, window, decisive_cosines(config))
-        n_rows, n_cols = living.count[block], features.count[block]
-        row_acts = living.activations[block, rows]
-        cost = pair_costs(cos, row_acts, acts, config=config)
-        threshold = config.association_threshold
-        if config.association == "greedy":
-            chosen = assign_greedy(cost, row_acts, n_rows, n_cols, threshold=threshold)
-        else:
-            chosen = assign_hungarian(cost, n_rows, n_cols, threshold=threshold, gate=config.gate)
+        tracks = Side(living.count[block], living.ids[block], living.layer[block], living.activations[block])
+        here = np.full(ids.shape, features.layer)
+        chosen = look.match(tracks, Side(features.count[block], ids, here, features.activations[block, cols]))
         assignment[block, cols] = chosen
     return assignment
-
-
-def _cosines(
-    living: _Living,
-    features: _Features,
-    block: slice,
-    window: Mapping[int, _Decoder],
-    decisive: tuple[float, float],
-) -> Float[np.ndarray, "N R K"]:
-    """Return the cosine of each (living track, feature) pair of a block, 0 if a norm is 0.
-
-    They are products in float64, but for those of which a float32 product shows with certainty that more digits decide
-    nothing: up to the lower of the `decisive` cosines, and above the higher one where neither track nor feature has
-    another partner above the lower one. Padded rows and columns hold some latent's values; nobody reads them.
-    """
-    width, n_slots = living.number.shape[1], int(features.count[block].max())
-    vectors = window[features.layer].vectors
-    d_model = vectors.shape[1]
-    is_single = decisive[0] > -np.inf and all(decoder.is_single for decoder in window.values())
-    cos = np.empty((block.stop - block.start, width, n_slots))
-    step = _step((4 if is_single else 12) * (width + n_slots) * d_model, VECTOR_BYTES)
-    n_most = min(step, len(cos))
-    # Fresh pages would cost a third more.
-    dtype = np.result_type(*(decoder.vectors.dtype for decoder in window.values()))
-    # Zeros, as `_gather` leaves rows of padding whose layer is none of the window's.
-    before, after = np.zeros((n_most, width, d_model), dtype), np.empty((n_most, n_slots, d_model), dtype)
-    doubles: tuple[np.ndarray, np.ndarray] | None = None
-    # |float32 product - exact| <= D u sum |x y| with u = 2^-24; twice that also covers the scaling.
-    error = 2 * d_model * 2.0**-24
-    low, high = decisive[0] - error, decisive[1] + error
-    for part in _blocks(len(cos), step):
-        whole, n = slice(block.start + part.start, block.start + part.stop), part.stop - part.start
-        ids = features.ids[whole, :n_slots]
-        _take(vectors, ids, after[:n])
-        _gather(before[:n], living.ids[whole], living.layer[whole], features.layer, window)
-        scale = living.inverse_norms[whole, :, None], features.inverse_norms[whole, None, :n_slots]
-        if is_single:
-            cos[part] = np.matmul(before[:n], after[:n].transpose(0, 2, 1))
-            cos[part] *= scale[0]
-            cos[part] *= scale[1]
-            pairs = _undecided(cos[part], low, high)
-            if len(pairs[0]) <= FEW_PAIRS * cos[part].size:
-                _make_exact(cos[part], pairs, before, after, scale)
-                continue
-        doubles = doubles or (np.empty(before.shape), np.empty(after.shape))
-        doubles[0][:n], doubles[1][:n] = before[:n], after[:n]
-        np.matmul(doubles[0][:n], doubles[1][:n].transpose(0, 2, 1), out=cos[part])
-        cos[part] *= scale[0]
-        cos[part] *= scale[1]
-    return cos
-
-
-def _undecided(cos: Float[np.ndarray, "N R K"], low: float, high: float) -> tuple[np.ndarray, ...]:
-    """Return the places of the pairs above `low`, but for those above `high` that are alone in row and column."""
-    sample, row, col = np.nonzero(cos > low)
-    n_samples, n_rows, n_cols = cos.shape
-    of_row, of_col = sample * n_rows + row, sample * n_cols + col
-    is_alone = np.bincount(of_row, minlength=n_samples * n_rows)[of_row] == 1
-    is_alone &= np.bincount(of_col, minlength=n_samples * n_cols)[of_col] == 1
-    is_open = ~(is_alone & (cos[sample, row, col] > high))
-    return sample[is_open], row[is_open], col[is_open]
-
-
-def _make_exact(
-    cos: Float[np.ndarray, "N R K"],
-    pairs: tuple[np.ndarray, ...],
-    before: np.ndarray,
-    after: np.ndarray,
-    scale: tuple[np.ndarray, np.ndarray],
-) -> None:
-    """Write the float64 cosines of some pairs."""
-    sample, row, col = pairs
-    rows, cols = (sample * each.shape[1] + at for each, at in ((before, row), (after, col)))
-    before, after = before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])
-    products, gathered = np.empty(len(rows)), np.empty((2, DOT_ROWS, before.shape[-1]), before.dtype)
-    for part in _blocks(len(rows), DOT_ROWS):
-        left, right = gathered[:, : part.stop - part.start]
-        np.take(before, rows[part], axis=0, out=left, mode="clip")
-        np.take(after, cols[part], axis=0, out=right, mode="clip")
-        np.einsum("pd,pd->p", left, right, dtype=np.float64, out=products[part])
-    cos[pairs] = products * scale[0][sample, row, 0] * scale[1][sample, 0, col]
-
-
-def _gather(
-    out: Float[np.ndarray, "N R D"],
-    ids: Int[np.ndarray, "N R"],
-    layers: Int[np.ndarray, "N R"],
-    now: int,
-    window: Mapping[int, _Decoder],
-) -> None:
-    """Write to `out` each track's last decoder vector; `window` holds the layers they can be from, and this one."""
-    if len(window) == 2:
-        _take(window[now - 1].vectors, ids, out)
-        return
-    for layer in window:
-        is_here = layers == layer
-        out[is_here] = window[layer].vectors[ids[is_here]]
-
-
-def _take(vectors: Float[np.ndarray, "F D"], ids: Int[np.ndarray, "N X"], out: Float[np.ndarray, "N X D"]) -> None:
-    """Copy rows to `out`; for the id -1 of padding, the last one."""
-    if vectors.dtype == out.dtype:
-        np.take(vectors, ids, axis=0, out=out, mode="wrap")
-    else:
-        out[...] = vectors[ids]
 
 
 def _advance(
@@ -401,7 +375,7 @@ def _advance(
     log.n_tracks += is_born.sum(axis=1)
 
     here = np.full(features.ids.shape, features.layer)
-    current = (number, here, features.ids, features.activations, features.inverse_norms)
+    current = (number, here, features.ids, features.activations)
     columns = [column.copy() for column in living.columns()]
     for column, values in zip(columns, current, strict=True):
         column[samples, rows] = values[samples, cols]
@@ -418,15 +392,6 @@ def _packed(keep: Bool[np.ndarray, "N S"], columns: list[np.ndarray]) -> _Living
     packed = _Living(count, *(np.take_along_axis(column, order, axis=1) for column in columns))
     packed.ids[~packed.is_real()] = -1  # what `assign_by_id` takes for an empty row
     return packed
-
-
-def _step(sample_bytes: int, budget: int) -> int:
-    return max(1, budget // max(1, sample_bytes))
-
-
-def _blocks(n_samples: int, step: int) -> Iterator[slice]:
-    for start in range(0, n_samples, step):
-        yield slice(start, min(start + step, n_samples))
 
 
 def _check_shapes(feature_ids: np.ndarray, activations: np.ndarray, decoders: Decoders) -> None:
@@ -462,49 +427,6 @@ def _check_none(is_bad: Bool[np.ndarray, "N K"], values: np.ndarray, layer: int,
     if is_bad.any():
         sample, slot = np.argwhere(is_bad)[0]
         raise InputError(f"{noun} {values[sample, slot]} in sample {sample}, layer {layer}: expected {expected}")
-
-
-def _read_decoder(decoders: Decoders, features: _Features, window: Mapping[int, _Decoder]) -> _Decoder:
-    layer, decoder = features.layer, np.asarray(decoders[features.layer])
-    if decoder.ndim != 2:
-        raise InputError(f"decoder of layer {layer} has shape {decoder.shape}, expected [latents, width]")
-    for other, known in window.items():
-        if known.vectors.shape[1] != decoder.shape[1]:
-            raise InputError(
-                f"decoder of layer {layer} is {decoder.shape[1]} wide, that of layer {other} "
-                f"{known.vectors.shape[1]}; "
-                "give decoders of one model"
-            )
-    largest = features.ids.max(initial=-1)
-    if largest >= len(decoder):
-        sample = int(np.argmax(features.ids.max(axis=1) == largest))
-        raise InputError(
-            f"feature id {largest} in sample {sample}, layer {layer}: the decoder has {len(decoder)} latents, "
-            "expected ids below that; use the SAEs that made the features"
-        )
-    if decoder.dtype not in (np.float32, np.float64):
-        decoder = decoder.astype(np.float64)
-    norms = _norms(decoder, features)
-    positive = norms[norms > 0]
-    low, high = SINGLE_NORMS
-    is_single = decoder.dtype == np.float32 and low < positive.min(initial=1.0) <= positive.max(initial=1.0) < high
-    return _Decoder(decoder, np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0), bool(is_single))
-
-
-def _norms(decoder: Float[np.ndarray, "F D"], features: _Features) -> Float[np.ndarray, " F"]:
-    """Return the norms of the vectors that the layer's features use, 0 elsewhere."""
-    norms, is_used = np.zeros(len(decoder)), np.zeros(len(decoder), bool)
-    is_used[features.ids[features.ids >= 0]] = True
-    used = np.flatnonzero(is_used)
-    for part in _blocks(len(used), DOT_ROWS):
-        vectors = decoder[used[part]]
-        norms[used[part]] = np.sqrt(np.einsum("fd,fd->f", vectors, vectors, dtype=np.float64))
-    bad = used[~np.isfinite(norms[used])]
-    if bad.size:
-        raise InputError(
-            f"decoder of layer {features.layer}, latent {bad[0]} is not finite; train or export the SAE again"
-        )
-    return norms
 
 
 def _typed(name: str, array: np.ndarray) -> np.ndarray:

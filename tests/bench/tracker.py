@@ -2,7 +2,8 @@
 
 24 layers, 50 latents kept of 5,120, residual width 1,024: GPT-2 medium as published, where a sample took 0.66 s.
 Features persist from layer to layer, drift and are replaced, so that tracks live for some layers and the matrices to
-assign are as full as real ones. Results go to DIR/tracker.json.
+assign are as full as real ones. The link graph of the same decoders is made and its time and size are printed, and
+`links` looks it up. Results go to DIR/tracker.json.
 """
 
 import sys
@@ -20,7 +21,13 @@ N_LAYERS, N_KEPT, N_LATENTS, D_MODEL = 24, 50, 5120, 1024
 PUBLISHED_SECONDS = 0.66  # a sample, khurramkhalil/GhostTrack's own figure for GPT-2 medium
 PERSIST = 0.8  # of the latents go on in the next layer; the others are replaced
 N_SAMPLES, ROUNDS = 192, 3
-CONFIGS = {"default": tracking.TrackerConfig(), "reference": tracking.TrackerConfig.reference()}
+N_LINKS = 16  # of a latent, the default of tracking.links_per_latent
+CONFIGS = {
+    "default": tracking.TrackerConfig(),
+    "reference": tracking.TrackerConfig.reference(),
+    "null": tracking.TrackerConfig(null="random_pairs"),
+    "links": tracking.TrackerConfig(association="links"),
+}
 
 
 def make_decoders(rng: np.random.Generator) -> list[Float[np.ndarray, "F D"]]:
@@ -53,12 +60,13 @@ def measure(
     activations: Float[np.ndarray, "N L K"],
     decoders: list[np.ndarray],
     config: tracking.TrackerConfig,
+    links: tracking.LinkGraph | None = None,
 ) -> float:
     """Return the CPU seconds of one sample, tracks and metrics; the least of `ROUNDS`."""
     seconds = []
     for _ in range(ROUNDS):
         began = time.process_time()
-        tracking.divergence_metrics(tracking.track(ids, activations, decoders, config))
+        tracking.divergence_metrics(tracking.track(ids, activations, decoders, config, links=links))
         seconds.append(time.process_time() - began)
     return min(seconds) / len(ids)
 
@@ -68,10 +76,11 @@ def working_bytes(
     activations: Float[np.ndarray, "N L K"],
     decoders: list[np.ndarray],
     config: tracking.TrackerConfig,
+    links: tracking.LinkGraph | None = None,
 ) -> int:
     """Return the most that was allocated at a time, beyond the inputs and the tracks that come out."""
     tracemalloc.start()
-    tracks = tracking.track(ids, activations, decoders, config)
+    tracks = tracking.track(ids, activations, decoders, config, links=links)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak - sum(array.nbytes for array in tracks.arrays().values())
@@ -83,9 +92,14 @@ def main() -> None:
     decoders, (ids, activations) = make_decoders(rng), make_features(rng, N_SAMPLES)
     rows = []
     with threadpool_limits(1):
+        began = time.process_time()
+        links = tracking.link_by_weights(decoders, N_LINKS)
+        graph = {"seconds": time.process_time() - began, "bytes": sum(x.nbytes for x in links.arrays().values())}
+        print(f"links: {graph['seconds']:.1f} s on one core, {graph['bytes'] / 2**20:.1f} MiB", flush=True)
         for name, config in CONFIGS.items():
-            seconds = measure(ids, activations, decoders, config)
-            halves = [working_bytes(ids[:n], activations[:n], decoders, config) for n in (N_SAMPLES // 2, N_SAMPLES)]
+            seconds = measure(ids, activations, decoders, config, links)
+            counts = N_SAMPLES // 2, N_SAMPLES
+            halves = [working_bytes(ids[:n], activations[:n], decoders, config, links) for n in counts]
             rows.append(
                 {
                     "config": name,
@@ -101,7 +115,7 @@ def main() -> None:
                 f"{halves[1] / 2**20:.1f} MiB, {rows[-1]['working_bytes_per_sample'] / 2**10:.1f} KiB more a sample",
                 flush=True,
             )
-    artifacts.write_json(out / "tracker.json", {"samples": N_SAMPLES, "rows": rows})
+    artifacts.write_json(out / "tracker.json", {"samples": N_SAMPLES, "rows": rows, "links": graph})
 
 
 if __name__ == "__main__":

@@ -191,3 +191,19 @@ def test_label_blank_in_a_table__is_named(tmp_path):
 def test_file_that_cannot_be_read__is_named(tmp_path, name, words):
     with pytest.raises(InputError, match=re.escape(str(tmp_path / name)) + f" {words}"):
         read_benchmark(tmp_path / name)
+
+
+def test_read_benchmark__reads_a_question_set_from_a_json_list(tmp_path):
+    rows = [{"question": f"Who wrote book {n}?", "answers": ["Ann"], "wrong_answers": ["Bo"]} for n in range(3)]
+    (tmp_path / "q.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_lines(tmp_path / "q.jsonl", rows)
+    listed, lines = (read_benchmark(tmp_path / name) for name in ("q.json", "q.jsonl"))
+    assert listed.rows == lines.rows
+    assert len(listed.rows) == 6
+    assert listed.layout == "questions"
+
+
+def test_read_benchmark__says_where_a_json_list_ends_too_early(tmp_path):
+    (tmp_path / "b.json").write_text('[{"question": "q"}]\n{"question": "r"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"b\.json is not readable JSON: Extra data: line 2 column 1"):
+        read_benchmark(tmp_path / "b.json")

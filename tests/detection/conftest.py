@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from jaxsae.artifacts import Answer, Features
-from jaxsae.detection import ProtocolConfig, Tables, build_tables
+from jaxsae.detection import Family, ProtocolConfig, Tables, build_tables
 from jaxsae.detection.tables import TRACK_CONTROLS
 
 N_LAYERS, WIDTH, N_LATENTS, KEPT = 3, 5, 23, 4
@@ -23,6 +24,7 @@ class Inputs:
     answers: list[Answer]
     track_metrics: np.ndarray
     track_controls: dict[str, np.ndarray]
+    track_families: dict[str, Family]
     track_columns: tuple[str, ...] = TRACK_COLUMNS
 
     def tables(self) -> Tables:
@@ -32,6 +34,7 @@ class Inputs:
             self.track_metrics,
             self.track_columns,
             track_controls=self.track_controls,
+            track_families=self.track_families,
         )
 
 
@@ -77,13 +80,20 @@ def make_inputs(*, n_groups: int = 60, per_group: int = 2, seed: int = 0) -> Inp
         activations=activations.astype(np.float32),
         resid=rng.normal(size=(n, N_LAYERS, 3, WIDTH)).astype(np.float16),
         recon_error=rng.random(slots).astype(np.float32),
+        token_directions=np.zeros((n, 2, WIDTH), np.float32),
         logprobs=np.array([value for answer in answers for value in answer.logprobs]),
         offsets=np.concatenate([[0], np.cumsum([len(answer.answer_ids) for answer in answers])]),
     )
     metrics = rng.normal(size=(n, len(TRACK_COLUMNS)))
-    return Inputs(
-        features, answers, metrics, {name: rng.normal(size=(n, len(TRACK_COLUMNS))) for name in TRACK_CONTROLS}
-    )
+    controls = {name: rng.normal(size=(n, len(TRACK_COLUMNS))) for name in TRACK_CONTROLS}
+    bags = sp.random(n, 40, density=0.1, format="csr", rng=rng)
+    families = {
+        "prompt": Family(rng.normal(size=metrics.shape), TRACK_COLUMNS),
+        "profiles": Family(rng.normal(size=(n, 6)), tuple(f"profile_{index}" for index in range(6))),
+        "concepts": Family(bags),
+        "late_births": Family(rng.normal(size=(n, 9)), tuple(f"birth_{index}" for index in range(9))),
+    }
+    return Inputs(features, answers, metrics, controls, families)
 
 
 @pytest.fixture(name="make_inputs", scope="session")

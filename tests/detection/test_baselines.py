@@ -11,17 +11,10 @@ from sklearn.pipeline import make_pipeline
 
 from jaxsae.artifacts import RESID_POSITIONS
 from jaxsae.detection import DETECTORS
-from jaxsae.detection.baselines import (
-    STACKS,
-    BestLatent,
-    Choice,
-    FixedScore,
-    MeanDifference,
-    TrainVocabulary,
-    make_baselines,
-    text_noise,
-)
+from jaxsae.detection.baselines import STACKS, make_baselines, text_noise
+from jaxsae.detection.estimators import BestLatent, FixedScore, MeanDifference, TrainVocabulary
 from jaxsae.detection.nesting import raw_scores
+from jaxsae.detection.specs import Choice
 from jaxsae.detection.tables import normalise_text
 
 

@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from jaxsae.artifacts import InputError, sha256_file
 from jaxsae.detection import DETECTORS, FittedDetector, fit_detector
-from jaxsae.detection.baselines import CONTROLS, TEXT_DETECTORS
+from jaxsae.detection.baselines import TEXT_DETECTORS
+from jaxsae.detection.tracks import CONTROLS
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def test_predict_proba__of_one_row_is_that_of_the_batch(inputs, planted, detecto
             "resid", "feature_ids", "activations", "track_metrics",
         )},
         track_controls={},
+        track_families={name: family[row : row + 1] for name, family in planted.track_families.items()},
     )  # fmt: skip
     assert len(features.ids) == 120
     np.testing.assert_allclose(detector.predict_proba(alone)[0], detector.predict_proba(planted)[row], rtol=1e-12)
@@ -98,6 +100,7 @@ def test_predict_proba__ignores_latents_that_training_never_had(planted, config)
         ({"resid": np.zeros((120, 3, 3, 6), dtype=np.float16)}, r"width 5, these have 6"),
         ({"positions": ("last_prompt", "pooled")}, r"positions .*last_answer.*, these have .*pooled"),
         ({"track_columns": tuple("abcdefg")}, r"track_columns .*metric_0.*, these have \['a', 'b'"),
+        ({"track_families": {}}, r"track_families .*'concepts': 40, .*, these have \{\}"),
     ],
 )
 def test_predict_proba__refuses_rows_of_another_model(planted, detector, changes, message):
@@ -141,7 +144,7 @@ def test_load__refuses_a_description_that_lacks_a_key(saved):
 
 def test_load__refuses_parts_that_do_not_fit_the_estimators(saved, detector):
     rewrite(saved, parts=[{"name": "length", "layer": None, "c": None}])
-    with pytest.raises(InputError, match=r"names 1 parts, estimators.skops holds 11"):
+    with pytest.raises(InputError, match=r"names 1 parts, estimators.skops holds 15"):
         FittedDetector.load(saved)
 
 

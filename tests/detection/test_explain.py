@@ -107,6 +107,8 @@ def test_repeat_row__copies_every_column_of_one_row_but_those_given(tables):
         before = getattr(tables, field.name)
         if isinstance(before, np.ndarray) and field.name != "track_metrics":
             np.testing.assert_array_equal(getattr(repeated, field.name), before[[5, 5]])
+    for name, family in tables.track_families.items():
+        assert (repeated.track_families[name].matrix != family.matrix[[5, 5]]).sum() == 0
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_scores_by_layer__puts_the_mean_for_what_a_layer_cannot_know(stacked, ta
     columns = stacked.part_scores(rows)
     for layer in range(n_layers):
         for index, part in enumerate(stacked.parts):
-            is_output = part.choice.layer is None and not part.name.startswith("tracks_")
+            is_output = part.choice.layer is None and part.name not in ("tracks_forest", "tracks_logistic")
             if (is_output and layer < n_layers - 1) or (part.choice.layer or 0) > layer:
                 columns[layer, index] = stacked.stack[0].mean_[index]
     np.testing.assert_allclose(found[1:], stacked.combine(columns), rtol=1e-12)

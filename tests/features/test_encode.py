@@ -241,3 +241,20 @@ def test_expand_positions__spells_out_the_answers_tokens_once():
 def test_expand_positions__refuses_unknown_names(names, words):
     with pytest.raises(InputError, match=rf"features\.positions {words}, expected names among last_prompt, "):
         expand_positions(names, 3)
+
+
+def test_encode_answers__directs_each_answer_at_its_first_token_and_the_best_other_one():
+    lm, answers = make_lm(), make_answers()
+    found = encode(lm, make_suite("topk"), answers).token_directions
+    assert found.shape == (8, 2, D_MODEL)
+    for directions, answer in zip(found, answers, strict=True):
+        if not answer.answer_ids:
+            assert not directions.any()
+            continue
+        prompt, emitted = np.array([answer.prompt_ids]), answer.answer_ids[0]
+        end = lm.residuals(prompt)[-1, :, -1]
+        ranked = np.argsort(-np.asarray(lm.logits(prompt)[0, -1]))
+        other = int(ranked[0] if ranked[0] != emitted else ranked[1])
+        for direction, token in zip(directions, (emitted, other), strict=True):
+            expected = lm.logit_directions(end, np.array([token]))[0]
+            np.testing.assert_allclose(direction, expected, rtol=1e-4, atol=1e-5)

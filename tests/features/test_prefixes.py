@@ -31,6 +31,8 @@ def test_read_prefixes__equals_encoding_each_cut_as_an_answer_of_its_own(close, 
     np.testing.assert_allclose(kept.activations[:, :, :5], alone.activations, **CLOSE)
     np.testing.assert_allclose(kept.recon_error[:, :, :5], alone.recon_error, **CLOSE)
     np.testing.assert_allclose(kept.resid, alone.resid, **HALF)
+    np.testing.assert_allclose(kept.token_directions, alone.token_directions, **CLOSE)
+    assert kept.token_directions.any(axis=2).all()
     assert (np.diff(kept.activations[:, :, 3, 0], axis=0) >= 0).all()  # a maximum over more tokens is no smaller
     assert (kept.feature_ids[0, :, 6] == -1).all()  # the first cut has no second token
     assert (kept.feature_ids[1, :, 6] >= 0).any()

@@ -166,3 +166,22 @@ def test_forward__refuses_a_text_beyond_the_context_and_an_unknown_dtype(tiny):
         decoder.forward(*tiny, token_rows(1, 20))
     with pytest.raises(InputError, match="dtype is 'float16'"):
         decoder.forward(*tiny, token_rows(1, 4), dtype="float16")
+
+
+def test_logit_directions__are_the_slope_of_the_token_s_logit_over_the_mean_logit(tiny):
+    config, params = tiny
+    rng = np.random.default_rng(0)
+    resid = rng.normal(0, 2, (3, config.d_model)).astype(np.float32)
+    ids = np.array([5, 0, 31])
+    directions = np.asarray(decoder.logit_directions(config, params, resid, ids), np.float64)
+
+    def gain(x):
+        logits = np.asarray(decoder.logits_from(config, params, config.n_layers - 1, x[:, None]), np.float64)[:, 0]
+        return logits[np.arange(3), ids] - logits.mean(axis=-1)
+
+    step = 1e-2 * rng.normal(size=resid.shape).astype(np.float32)
+    slope = gain(resid + step) - gain(resid - step)
+    np.testing.assert_allclose(2 * np.sum(directions * step, axis=1), slope, rtol=2e-2, atol=1e-4)
+    # The final norm takes the length of the stream out, so a move along it changes next to nothing.
+    lengths = np.linalg.norm(directions, axis=1) * np.linalg.norm(resid, axis=1)
+    assert (np.abs(np.sum(directions * resid, axis=1)) < 1e-4 * lengths).all()

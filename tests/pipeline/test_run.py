@@ -12,9 +12,18 @@ import pytest
 from jaxsae import artifacts, sae
 from jaxsae.activations import open as open_store
 from jaxsae.artifacts import resolve_path
+from jaxsae.detection.tracks import FAMILIES
+from jaxsae.pipeline.families import read_families
 from jaxsae.pipeline.stages import STAGES
 from jaxsae.progress import read_metrics
-from jaxsae.tracking import DIVERGENCE_COLUMNS, Tracks
+from jaxsae.tracking import (
+    DIVERGENCE_COLUMNS,
+    LATE_BIRTH_COLUMNS,
+    LinkGraph,
+    Tracks,
+    concepts,
+    profile_columns,
+)
 
 N, N_LAYERS, D_MODEL, N_LATENTS, KEEP = 240, 6, 128, 64, 8
 
@@ -37,7 +46,8 @@ def test_run__leaves_the_files_that_are_documented(finished):
     found = {path.name for path in finished.workdir.iterdir()}
     assert found == {
         *("activations", "saes", "logs", "manifests", "figures", "detector"),
-        *("answers.jsonl", "answers_summary.json", "features.npz", "tracks.npz", "predictions.csv", "metrics.json"),
+        *("answers.jsonl", "answers_summary.json", "features.npz", "links.npz", "tracks.npz"),
+        *("predictions.csv", "metrics.json"),
         "metrics.csv",
         *("report.md", "report.html"),
     }
@@ -49,7 +59,7 @@ def test_run__leaves_the_files_that_are_documented(finished):
 
 def test_run__prints_the_results_and_where_the_report_is(finished):
     said = (finished.workdir.parent / "stdout.txt").read_text()
-    for words in ("Sparse autoencoders", "tracks_forest", "noise canary", f"report: {finished.workdir}/report.html"):
+    for words in ("Sparse autoencoders", "tracks_best", "noise canary", f"report: {finished.workdir}/report.html"):
         assert words in said
 
 
@@ -126,6 +136,28 @@ def test_tracks__are_of_these_answers(finished):
     assert arrays["position"].item() == "last_answer"
 
 
+def test_track_families__are_of_these_answers_and_concepts_of_the_links(finished):
+    arrays = artifacts.read_npz(finished.workdir / "tracks.npz", rebuild="")
+    families = read_families(arrays, "tracks.npz")
+    graph = LinkGraph.from_arrays(artifacts.read_npz(finished.workdir / "links.npz", rebuild=""))
+    n_concepts = int(concepts(graph).max()) + 1
+    shapes = {name: family.matrix.shape for name, family in families.items()}
+    n_late = 2 * 2 * len(LATE_BIRTH_COLUMNS)  # two positions, two tokens
+    assert shapes == {
+        "prompt": (N, 26),
+        "profiles": (N, len(profile_columns(N_LAYERS))),
+        "concepts": (N, 7 * n_concepts),
+        "late_births": (N, n_late),
+    }
+    kept = artifacts.read_features(finished.workdir / "features.npz")
+    at = families["profiles"].columns.index("sae_error_00")
+    np.testing.assert_array_equal(
+        families["profiles"].matrix[:, at : at + N_LAYERS], kept.recon_error[:, :, kept.positions.index("last_answer")]
+    )
+    assert arrays["control_names"].tolist() == ["none", "shuffled", "random_decoders", "neurons"]
+    assert arrays["control_metrics"].shape == (4, N, 26)
+
+
 def test_predictions__have_the_documented_columns_and_each_answer_once_per_detector_and_repeat(finished):
     with open(finished.workdir / "predictions.csv", encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
@@ -153,7 +185,8 @@ def test_metrics__have_the_documented_keys(finished):
     names = [row["name"] for row in metrics["detection"]]
     for family in ("class_prior", "length", "answer_tfidf", "logprob_mean", "logprob_min", "probe_last_prompt"):
         assert family in names
-    assert {"sae_logistic", "tracks_forest"} <= set(names)
+    assert {"sae_logistic", "tracks_forest", "tracks_best", "tracks_late_births", "tracks_neurons"} <= set(names)
+    assert {row["family"] for row in metrics["ablations"]} == set(FAMILIES)
     for row in metrics["detection"]:
         keys = {"name", "n", "auroc", "ci_low", "ci_high", "pr_auc", "base_rate", "brier"}
         assert set(row) >= keys | {"accuracy", "precision", "recall", "f1"}
@@ -183,7 +216,7 @@ def test_records__name_what_each_stage_read_and_wrote(finished):
 def test_report__is_of_this_run(finished):
     html = (finished.workdir / "report.html").read_text(encoding="utf-8")
     metrics = artifacts.read_json(finished.workdir / "metrics.json", rebuild="")
-    method = next(row for row in metrics["detection"] if row["name"] == "tracks_forest")
+    method = next(row for row in metrics["detection"] if row["name"] == "tracks_best")
     assert f"{method['auroc']:.3f}" in html
     assert not re.search(r'(src|href)="(?!#|data:)', html)  # one file, readable offline
     assert {path.suffix for path in (finished.workdir / "figures").iterdir()} == {".png"}

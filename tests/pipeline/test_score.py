@@ -14,6 +14,7 @@ from jaxsae import artifacts, cli, detection
 from jaxsae.artifacts import InputError, resolve_path
 from jaxsae.detection import explain
 from jaxsae.pipeline import explanation
+from jaxsae.pipeline.detect import read_tables
 
 ASSET = resolve_path("package://jaxsae/assets/demo_gpt2")
 QUICK = {"tracks": 2, "draws": 3}
@@ -40,10 +41,8 @@ def rows(answers):
     ]
 
 
-def table_of(finished, answers):
-    kept = artifacts.read_features(finished.workdir / "features.npz")
-    tracks = artifacts.read_npz(finished.workdir / "tracks.npz", rebuild="")
-    return detection.build_tables(kept, answers, tracks["metrics"], tracks["metric_names"].tolist())
+def table_of(finished):
+    return read_tables(finished.workdir)
 
 
 def test_score_batch__equals_single_scores_to_the_last_bit(detector, rows):
@@ -57,7 +56,7 @@ def test_score_batch__equals_single_scores_to_the_last_bit(detector, rows):
 
 
 def test_score__of_the_run_s_own_answers_is_what_the_detector_says_of_their_rows(detector, finished, answers):
-    expected = detector.judge.fitted.predict_proba(table_of(finished, answers))[:40, 1]
+    expected = detector.judge.fitted.predict_proba(table_of(finished))[:40, 1]
     scores = [detector.score(answer.prompt, tracks=0) for answer in answers[:40]]
     assert [score.answer for score in scores] == [answer.answer for answer in answers[:40]]
     # float16 residual streams of batches of other shapes differ in a last digit; a tree's threshold may lie between.
@@ -136,13 +135,21 @@ def test_tracks__are_those_without_which_the_probability_changes_most(detector, 
     assert len(followed.birth) == len(every)
     latents = list(zip(every[0].layers, every[0].latents, strict=True))
     number = next(r for r in range(len(every)) if explanation._latents(followed, r) == latents)
-    metrics = jaxsae.tracking.divergence_metrics(jaxsae.tracking.leave_one_out(followed))[number : number + 1]
+    remaining = jaxsae.tracking.leave_one_out(followed)
+    metrics = jaxsae.tracking.divergence_metrics(remaining)[number : number + 1]
+    kept = explanation._repeat_last(reading.features, len(every))
+    place = kept.positions.index("last_answer")
+    for row in range(len(every)):
+        for layer, latent in explanation._latents(followed, row):
+            kept.activations[row, layer, place][kept.feature_ids[row, layer, place] == latent] = 0
+    families = {name: each[number : number + 1] for name, each in judge.families(kept, remaining).items()}
     resid, n_answer = tables.resid[-1:].astype(np.float32), len(answered.answer_ids)
     for (layer, latent), activation in zip(latents, every[0].activations, strict=True):
         share = activation * judge.decoders[layer][latent]
         resid[0, layer, 1] -= share
         resid[0, layer, 2] -= share / n_answer
-    without = explain.repeat_row(tables, len(tables.ids) - 1, 1, track_metrics=metrics, resid=resid)
+    changed = {"track_metrics": metrics, "resid": resid, "track_families": families}
+    without = explain.repeat_row(tables, len(tables.ids) - 1, 1, **changed)
     change = judge.probabilities(without)[0] - judge.probabilities(tables)[-1]
     assert every[0].change == pytest.approx(change, abs=1e-6)
 
@@ -207,9 +214,7 @@ def test_earliest_layer__is_where_the_verdict_of_what_is_known_stops_changing(de
 def test_earliest_layer__of_a_detector_that_reads_the_output_alone_is_the_last_whatever_it_says(
     finished, detector, answers
 ):
-    fitted = detection.fit_detector(
-        table_of(finished, answers), dataclasses.replace(detector.protocol, deploy="logprob_mean")
-    )
+    fitted = detection.fit_detector(table_of(finished), dataclasses.replace(detector.protocol, deploy="logprob_mean"))
     judge, verdicts = dataclasses.replace(detector.judge, fitted=fitted), set()
     for answer in answers[:25]:
         reading = judge.read(answer)

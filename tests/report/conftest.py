@@ -19,6 +19,15 @@ DETECTORS = (
     ("answer_length", "number of tokens of the answer", 0.541),
     ("class_prior", "the share of hallucinated answers", 0.5),
 )
+CHOSEN = {
+    METHOD: {
+        "n_choices": 20,
+        "chosen": [
+            {"repeat": 0, "fold": fold, "layer": None, "c": None, "model": model, "families": families}
+            for fold, (model, families) in enumerate([("svm", "metrics"), *[("logistic", "prompt+late_births")] * 2])
+        ],
+    }
+}
 
 
 def detection_row(name: str, definition: str, auroc: float) -> dict:
@@ -205,7 +214,7 @@ def report_inputs(n_layers: int = 6, n_evaluations: int = 30, n_answers: int = 6
         density=density(n_layers),
         crowding_random=0.262,
         history=history_rows(n_layers, n_evaluations),
-        detection=[detection_row(*detector) for detector in DETECTORS],
+        detection=[detection_row(*detector) | CHOSEN.get(detector[0], {}) for detector in DETECTORS],
         canary={"auroc": 0.497, "ci_low": 0.472, "ci_high": 0.521},
         by_category=[
             {
@@ -237,6 +246,11 @@ def report_inputs(n_layers: int = 6, n_evaluations: int = 30, n_answers: int = 6
                 "definition": "(log-prob + probe + tracks) over (log-prob + probe)",
             },
         ],
+        ablations=[
+            {"family": family, "kind": kind, "difference": gain, "ci_low": gain - 0.004, "ci_high": gain + 0.004}
+            for family, gains in (("prompt", (0.011, 0.007)), ("concepts", (0.001, -0.002)))
+            for kind, gain in zip(("added", "removed"), gains, strict=True)
+        ],
         curves=curve_rows(),
         counts={
             "rows": 2924,
@@ -244,6 +258,7 @@ def report_inputs(n_layers: int = 6, n_evaluations: int = 30, n_answers: int = 6
             "right": 1370,
             "wrong": 1554,
             "empty": 3,
+            "choices_tried": 61,
             "by_category": {name: {"right": right, "wrong": wrong} for name, right, wrong in kinds},
         },
         predictions=predictions(n_answers),

@@ -114,9 +114,9 @@ def test_markdown__names_the_figures_that_exist_and_has_even_tables(written):
     named = re.findall(r"\]\((figures/[\w.]+)\)", markdown)
     assert [workdir / name for name in named] == paths[2:]
     rendered = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown))
-    assert rendered.tags.count("table") == (workdir / "report.html").read_text(encoding="utf-8").count("<table>") == 17
+    assert rendered.tags.count("table") == (workdir / "report.html").read_text(encoding="utf-8").count("<table>") == 19
     links = [value for tag, name, value in rendered.attributes if (tag, name) == ("a", "href")]
-    assert len(links) == rendered.tags.count("h2") == 12
+    assert len(links) == rendered.tags.count("h2") == 14
 
 
 def test_both_pages__say_the_same_numbers(written):
@@ -298,3 +298,15 @@ def test_importing_report__loads_neither_matplotlib_nor_scikit_learn_nor_jax():
     root = Path(report.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_pages__say_what_was_chosen_of_how_many_and_what_each_family_adds(written):
+    workdir, _ = written
+    for name in ("report.md", "report.html"):
+        page = (workdir / name).read_text(encoding="utf-8")
+        assert "what its inner validation chose of 20 configurations" in page
+        assert "All detectors together tried 61 configurations." in page
+        assert "In each fold the method is the best of 20 in inner validation." in page
+        assert "prompt, late" in page  # the Markdown escapes the underscore
+        assert "82 in 100 of them held 0.5" in page
+        assert "Beside the other families" in page

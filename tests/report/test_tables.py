@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -232,3 +233,19 @@ def test_category_table__has_the_columns_that_rows_have(make_inputs):
     assert cells(full, 0)[-2:] == ["0.650", "–"]
     assert cells(full, 1)[1:3] == ["c", "k"]
     assert len(full.align) == len(full.header) == len(full.rows[1]) == 9
+
+
+def test_choice_table__has_a_row_per_choice_the_most_frequent_first(make_inputs):
+    inputs = make_inputs()
+    table = tables.choice_table(tables.named(inputs.detection, inputs.method))
+    assert table.rows == (("logistic", "prompt, late_births", "2", "1.2, 1.3"), ("svm", "metrics", "1", "1.1"))
+
+
+def test_ablation_table__has_both_differences_of_a_family_in_its_row(make_inputs):
+    inputs = make_inputs()
+    first, second = tables.ablation_table(inputs).rows
+    assert first[1:4] == ("+0.0110", "[+0.0070, +0.0150]", "above 0")
+    assert first[4:] == ("+0.0070", "[+0.0030, +0.0110]", "above 0")
+    assert second[3] == second[6] == "holds 0"
+    only = dataclasses.replace(inputs, ablations=[row for row in inputs.ablations if row["kind"] == "added"])
+    assert tables.ablation_table(only).rows[0][4:] == (tables.ABSENT,) * 3

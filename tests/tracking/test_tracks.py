@@ -15,7 +15,10 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxsae import tracking
 from jaxsae.artifacts import InputError
+from jaxsae.tracking import cosines as cosines_module
+from jaxsae.tracking import pairs as pairs_module
 from jaxsae.tracking import tracks as tracks_module
+from jaxsae.tracking.cosines import Cosines
 
 FIXTURE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "tracker_reference.npz"
 CASES = ("base", "loose", "ids", "none", "greedy", "all_empty")
@@ -249,11 +252,19 @@ def test_track__decides_with_float32_products_as_with_float64_ones(seed, variant
     rng = np.random.default_rng(seed)
     twin = rng.integers(decoders.shape[1], size=decoders.shape[1])
     decoders = decoders[:, twin] * np.float32(1 + 0.1 * rng.random((1, decoders.shape[1], 1)))
-    config = make_config(variant, association_threshold=threshold)
-    exact = tracking.track(ids, acts, decoders.astype(np.float32).astype(np.float64), config)
+    config, decoders = make_config(variant, association_threshold=threshold), decoders.astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracks_module, "FEW_PAIRS", 1.0)
-        assert_same(exact, tracking.track(ids, acts, decoders.astype(np.float32), config))
+        patch.setattr(Cosines, "screen", screen_nothing)
+        exact = tracking.track(ids, acts, decoders, config)
+    for few in (0.0, 1.0):  # single dot products, and products of matrices
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pairs_module, "FEW_PAIRS", few)
+            assert_same(exact, tracking.track(ids, acts, decoders, config))
+
+
+def screen_nothing(cosines, row_ids, row_layers, col_ids, layer):
+    """Stand in for `Cosines.screen` with an error that leaves every pair to be asked again in float64."""
+    return np.zeros((*row_ids.shape, col_ids.shape[1]), np.float32), 4.0
 
 
 def test_track__looks_at_close_calls_again_in_float64(monkeypatch):
@@ -263,12 +274,57 @@ def test_track__looks_at_close_calls_again_in_float64(monkeypatch):
     second = (np.repeat(first, 2, axis=0) * (1 + 1e-4 * rng.standard_normal((200, 256)))).astype(np.float32)
     ids = np.stack([[[n, -1], [2 * n, 2 * n + 1]] for n in range(100)])
     acts = np.where(ids >= 0, 1.0, 0.0)
-    monkeypatch.setattr(tracks_module, "FEW_PAIRS", 1.0)
-    exact = tracking.track(ids, acts, [first.astype(np.float64), second.astype(np.float64)], tracking.TrackerConfig())
-    assert_same(exact, tracking.track(ids, acts, [first, second], tracking.TrackerConfig()))
-    monkeypatch.setattr(tracks_module, "_make_exact", lambda *arguments: None)
+    products = first[:, None].astype(np.float64) * second.reshape(100, 2, 256)
+    cos = products.sum(axis=2) / np.linalg.norm(second.astype(np.float64), axis=1).reshape(100, 2)
+    expected = 2 * np.arange(100) + cos.argmax(axis=1)
+    for few in (0.0, 1.0):
+        monkeypatch.setattr(pairs_module, "FEW_PAIRS", few)
+        for gate in ("before", "after"):
+            tracks = tracking.track(ids, acts, [first, second], tracking.TrackerConfig(gate=gate))
+            assert tracks.feature_id[tracks.layer == 1].reshape(100, 2)[:, 0].tolist() == expected.tolist()
+    monkeypatch.setattr(Cosines, "exact", lambda self, *pairs: np.ones(len(pairs[0])))
     hasty = tracking.track(ids, acts, [first, second], tracking.TrackerConfig())
-    assert np.sum(hasty.feature_id != exact.feature_id) > 20
+    assert np.sum(hasty.feature_id[hasty.layer == 1].reshape(100, 2)[:, 0] != expected) > 20
+
+
+@pytest.mark.parametrize("prefers_tiles", [False, True])
+@pytest.mark.parametrize("d_model", [1, 30, 257])
+def test_screen__is_off_by_less_than_it_says(d_model, prefers_tiles, monkeypatch):
+    monkeypatch.setattr(cosines_module, "_prefers_tiles", lambda: prefers_tiles)
+    rng = np.random.default_rng(d_model)
+    decoders = (rng.standard_normal((2, 50, d_model)) * 10.0 ** rng.integers(-8, 8, (2, 50, 1))).astype(np.float32)
+    decoders[1, 7] = 0
+    rows, cols = rng.integers(50, size=(3, 11)), rng.integers(50, size=(3, 6))
+    cosines = Cosines()
+    cosines.add(0, decoders[0], rows)
+    cosines.add(1, decoders[1], cols)
+    found, error = cosines.screen(rows, np.zeros_like(rows), cols, 1)
+    exact = decoders.astype(np.float64)
+    exact /= np.maximum(np.linalg.norm(exact, axis=2, keepdims=True), 1e-300)
+    expected = np.einsum("nrd,nkd->nrk", exact[0][rows], exact[1][cols])
+    assert 0 < error < 1e-3
+    assert np.abs(found - expected).max() < error
+    pairs = cosines.exact(rows[0, :6], np.zeros(6, np.int64), cols[0], 1)
+    np.testing.assert_allclose(pairs, expected[0, np.arange(6), np.arange(6)], rtol=0, atol=1e-14)
+    block = cosines.exact_block(rows[0], np.zeros(11, np.int64), cols[0], 1)
+    np.testing.assert_allclose(block, expected[0], rtol=0, atol=1e-14)
+
+
+def test_track__sees_most_pairs_of_the_optimum_without_an_assignment(monkeypatch):
+    """With the gate after the assignment: few of 240 layers of samples need one."""
+    ids, acts, decoders = make_features(4, n_samples=40, n_layers=7, n_slots=12, n_latents=60, d_model=200)
+    asked = []
+
+    def assign(cost):
+        asked.append(cost.size)
+        return linear_sum_assignment(cost)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cosines, "screen", screen_nothing)
+        expected = tracking.track(ids, acts, decoders, tracking.TrackerConfig.reference())
+    monkeypatch.setattr(pairs_module, "linear_sum_assignment", assign)
+    assert_same(expected, tracking.track(ids, acts, decoders, tracking.TrackerConfig.reference()))
+    assert len(asked) < 60
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -368,7 +424,7 @@ def test_track__does_not_depend_on_the_block_size(association, missed, monkeypat
     config = tracking.TrackerConfig(association=association, max_missed_layers=missed)
     whole = tracking.track(*features, config)
     monkeypatch.setattr(tracks_module, "PAIR_BYTES", 1_200)
-    monkeypatch.setattr(tracks_module, "VECTOR_BYTES", 1)
+    monkeypatch.setattr(cosines_module, "VECTOR_BYTES", 1)
     assert_same(whole, tracking.track(*features, config))
 
 
@@ -392,7 +448,7 @@ class LayerReader:
 @pytest.mark.parametrize("missed", [0, 1])
 def test_track__reads_each_decoder_once_and_holds_few(missed, monkeypatch):
     ids, acts, decoders = make_features(2)
-    monkeypatch.setattr(tracks_module, "VECTOR_BYTES", 1)
+    monkeypatch.setattr(cosines_module, "VECTOR_BYTES", 1)
     config = tracking.TrackerConfig(max_missed_layers=missed)
     reader = LayerReader(decoders)
     assert_same(tracking.track(ids, acts, reader, config), tracking.track(ids, acts, decoders, config))
@@ -403,7 +459,7 @@ def test_track__reads_each_decoder_once_and_holds_few(missed, monkeypatch):
 def test_track__memory_does_not_grow_with_gathered_vectors(monkeypatch):
     """A sample more may cost its share of the arrays [N, K] and of the output, not its decoder rows (64 KiB)."""
     monkeypatch.setattr(tracks_module, "PAIR_BYTES", 2**16)
-    monkeypatch.setattr(tracks_module, "VECTOR_BYTES", 2**18)
+    monkeypatch.setattr(cosines_module, "VECTOR_BYTES", 2**18)
     peaks = []
     for n_samples in (20, 220):
         features = make_features(1, n_samples=n_samples, n_layers=3, n_slots=16, n_latents=40, d_model=512)
