@@ -224,13 +224,18 @@ def _without_each(judge: Judge, reading: Reading, tables: Tables, tracks: tracki
 
 
 def _repeat_last(kept: Features, n: int) -> Features:
-    """Return `n` copies of the last row, but of its log-probabilities."""
-    return dataclasses.replace(
-        kept,
+    """Return `n` copies of the last row."""
+    logprobs = kept.logprobs[kept.offsets[-2] :]
+    return Features(
+        ids=kept.ids[-1:] * n,
+        positions=kept.positions,
         feature_ids=np.repeat(kept.feature_ids[-1:], n, axis=0),
         activations=np.repeat(kept.activations[-1:], n, axis=0),
+        resid=np.repeat(kept.resid[-1:], n, axis=0),
         recon_error=np.repeat(kept.recon_error[-1:], n, axis=0),
         token_directions=np.repeat(kept.token_directions[-1:], n, axis=0),
+        logprobs=np.tile(logprobs, n),
+        offsets=len(logprobs) * np.arange(n + 1),
     )
 
 
