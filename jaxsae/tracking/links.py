@@ -288,9 +288,13 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Firing:
-    """One layer's activations over the corpus's tokens; mean and 1 / deviation, 0 of a latent that never changes."""
+    """One layer's activations over the corpus's tokens, by latent and by token.
+
+    Of each latent the mean and 1 / deviation, 0 of one that never changes.
+    """
 
     acts: sp.csc_matrix
+    by_token: sp.csr_matrix
     mean: Float[np.ndarray, " F"]
     inverse_sd: Float[np.ndarray, " F"]
 
@@ -304,7 +308,10 @@ class _Firing:
         variance = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2
         changes = variance > 1e-12 * (mean**2 + variance)
         return cls(
-            matrix, mean, np.divide(1.0, np.sqrt(np.maximum(variance, 0)), where=changes, out=np.zeros_like(mean))
+            matrix,
+            matrix.tocsr(),
+            mean,
+            np.divide(1.0, np.sqrt(np.maximum(variance, 0)), where=changes, out=np.zeros_like(mean)),
         )
 
 
@@ -325,7 +332,7 @@ class _Pair:
         if self.firing_before is None or self.firing_after is None:
             return cosines, None
         left, right = self.firing_before, self.firing_after
-        together = (left.acts[:, chosen].T @ right.acts).toarray() / left.acts.shape[0]
+        together = (left.acts[:, chosen].T @ right.by_token).toarray() / left.acts.shape[0]
         together -= left.mean[chosen][:, None] * right.mean
         together *= left.inverse_sd[chosen][:, None]
         together *= right.inverse_sd

@@ -9,7 +9,7 @@ from jaxsae.tracking.tracks import Tracks
 POOLED_COLUMNS = tuple(f"{pool}_{name}" for pool in ("mean", "max") for name in DIVERGENCE_COLUMNS)
 
 
-def pooled_metrics(tracks: Tracks, token_offsets: Int[np.ndarray, " N_and_1"]) -> Float[np.ndarray, "N pooled"]:
+def pooled_metrics(tracks: Tracks, token_offsets: Int[np.ndarray, " N_and_1"]) -> Float[np.ndarray, "N Q"]:
     """Return the mean of each of the 26 metrics over an answer's tokens, then the largest, columns `POOLED_COLUMNS`.
 
     Args:

@@ -10,7 +10,7 @@ from jaxsae import artifacts, sae, tracking
 
 LINKED = {"tracking__association": "links", "tracking__links": "coactivation", "tracking__links_tokens": 2048}
 TOKENS = {"tracking__position": "answer_tokens", "features__positions": "('last_prompt','last_answer','answer_tokens')"}
-DETECTION = {"detection__bootstrap": 100}
+DETECTION = {"detection__bootstrap": 100, "detection__curves": False}
 
 
 def read_links(run):
