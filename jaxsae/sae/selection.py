@@ -196,33 +196,40 @@ def batch_topk_codes(
     places = jnp.minimum(slots - (ends - n_in_row)[rows], largest.shape[-1] - 1)
     values = jnp.where(slots < ends[-1], largest[rows, places], 0.0)
     overflows = (ends[-1] > n_rows * n_slots) | (is_crowded.sum() > len(crowded))
+    whole = CrowdedRows(crowded, (whole_rows >= threshold) & (whole_rows > 0))
     codes = Codes(
         ids=ids[rows, places].reshape(n_rows, n_slots),
         values=values.reshape(n_rows, n_slots),
         rows=rows.astype(jnp.int32).reshape(n_rows, n_slots),
-        crowded=CrowdedRows(crowded, (whole_rows >= threshold) & (whole_rows > 0)),
+        crowded=whole,
     )
     if by_row is not None:
-        of_rows, is_cut = _codes_of_rows(pre, k, k_now, latent_axis, like=codes)
+        of_rows, is_cut = _codes_of_rows(pre, k, k_now, latent_axis, n_slots=n_slots, crowded=whole)
         codes = jax.tree.map(lambda row, batch: jnp.where(by_row, row, batch), of_rows, codes)
         overflows |= by_row & is_cut
     return codes, threshold, _max(overflows.astype(jnp.int32), axes) == 0
 
 
 def _codes_of_rows(
-    pre: Float[Array, "B F"], k: int, k_now: int | Float[Array, ""], latent_axis: str | None, *, like: Codes
+    pre: Float[Array, "B F"],
+    k: int,
+    k_now: int | Float[Array, ""],
+    latent_axis: str | None,
+    *,
+    n_slots: int,
+    crowded: CrowdedRows,
 ) -> tuple[Codes, Bool[Array, ""]]:
-    """Return the codes of `topk_codes` with the slots of others, and whether these are too few.
+    """Return the codes of `topk_codes` in so many slots and with no crowded rows, and whether the slots are too few.
 
     A shard of latents may hold more of a row's largest than its part.
     """
     codes = topk_codes(pre, k, None if isinstance(k_now, int) else jnp.round(k_now), latent_axis)
-    n_rows, n_slots = like.ids.shape
-    is_cut = (codes.values[:, n_slots:] > 0).any()
+    n_rows = pre.shape[0]
     missing = [(0, 0), (0, max(0, n_slots - codes.ids.shape[1]))]
-    rows = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32)[:, None], (n_rows, n_slots))
-    crowded = CrowdedRows(jnp.full_like(like.crowded.rows, n_rows), jnp.zeros_like(like.crowded.kept))
-    return Codes(*(jnp.pad(x, missing)[:, :n_slots] for x in (codes.ids, codes.values)), rows, crowded), is_cut
+    ids, values = (jnp.pad(x, missing)[:, :n_slots] for x in (codes.ids, codes.values))
+    rows = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32)[:, None], ids.shape)
+    nobody = CrowdedRows(jnp.full_like(crowded.rows, n_rows), jnp.zeros_like(crowded.kept))
+    return Codes(ids, values, rows, nobody), (codes.values[:, n_slots:] > 0).any()
 
 
 def kth_largest(
