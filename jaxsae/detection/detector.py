@@ -105,7 +105,10 @@ class FittedDetector:
         # Latents that no training row had carry no weight: the columns end where they did in training.
         tables = dataclasses.replace(tables, n_latents=self.layout["n_latents"])
         baselines = make_baselines(self.settings, tables.n_layers)
-        columns = [raw_scores(part.estimator, baselines[part.name].inputs(tables, part.choice)) for part in self.parts]
+        with quiet_single_threaded_blas():  # a tree's threads wait for each other longer than one takes
+            columns = [
+                raw_scores(part.estimator, baselines[part.name].inputs(tables, part.choice)) for part in self.parts
+            ]
         return np.stack(columns, axis=1)
 
     def predict_proba(self, tables: Tables) -> Float[np.ndarray, "N 2"]:

@@ -34,8 +34,9 @@ def run(config: RunConfig, context: Context) -> None:
     Raises:
         InputError: suite, answers and model do not belong together, or a checkpoint file is damaged.
     """
-    machinery, decoders = Machinery(config, context.workdir), sae.Decoders(context.workdir / "saes")
-    kept = _keep_features(config, context, machinery)
+    machinery = Machinery(config, context.workdir)
+    kept = _keep_features(config, context, machinery)  # first: it looks whether the SAEs are the model's
+    decoders = sae.Decoders(context.workdir / "saes")
     links = keep_links(config, context, machinery)
     arrays = track_arrays(kept, decoders, config.tracking, links=links, concepts=read_concepts(context.workdir))
     artifacts.write_npz(context.workdir / "tracks.npz", arrays)
