@@ -2,9 +2,9 @@
 
     jaxsae run --config=configs/demo.py --workdir=runs/demo
 
-About 3 minutes on 2 idle CPU cores (5 on a busy machine), half of it for the detectors, 1.7 GiB of memory, 0.5 GB on disk. Expected: FVU .063
-(layer 0) to .009 (layer 5) at L0 8, at most .4 % dead, a delta CE of at most .020; AUROC of the summed log-probability
-.879, of the tracks .64, of the noise canary .50.
+About 3 minutes on 2 idle CPU cores (5 were measured on a busy machine), half of it for the detectors; 1.7 GiB of
+memory, 0.5 GB on disk. Expected: FVU .063 (layer 0) to .009 (layer 5) at L0 8, at most .4 % dead, a delta CE of at most
+.020; AUROC of the summed log-probability .879, of the tracks .64, of the noise canary .50.
 """
 
 from jaxsae.config import defaults
