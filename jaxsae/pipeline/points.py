@@ -11,6 +11,7 @@ from jaxsae import __version__, artifacts, detection
 from jaxsae.artifacts import InputError
 from jaxsae.config import RunConfig
 from jaxsae.detection.sweep import Point
+from jaxsae.detection.tracks import FAMILIES, FAMILY_DETECTORS
 from jaxsae.pipeline.detect import protocol_of
 from jaxsae.pipeline.families import PROMPT
 from jaxsae.pipeline.trials import Trial
@@ -44,10 +45,20 @@ class Sweep:
         return self.protocol_of(self.config)
 
     def protocol_of(self, config: RunConfig) -> detection.ProtocolConfig:
-        """Return how a setting's detectors are fitted and judged; one thread each, as settings run side by side."""
+        """Return how a setting's detectors are fitted and judged; one thread each, as settings run side by side.
+
+        Raises:
+            InputError: a detector reads a family of features that the setting leaves out.
+        """
         detectors, families = self.config.sweep.detectors, config.detection.families
         if PROMPT not in self.kept["features.positions"]:
             families = tuple(name for name in families if name != "prompt")
+        for family in set(FAMILIES).difference(families):
+            for name in set(FAMILY_DETECTORS[family]).intersection(detectors):
+                raise InputError(
+                    f"sweep.detectors names {name}, whose family {family} of features is left out; add it to "
+                    "detection.families (prompt needs last_prompt among features.positions)"
+                )
         return protocol_of(config, detectors=detectors, method=detectors[0], families=families, n_jobs=1)
 
     def identity(self, trial: Trial) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -39,7 +40,7 @@ class Bench:
     decoders: sae.Decoders
     folds: Int[np.ndarray, "repeats N"] | None = None  # the same for all settings
     known: Known = dataclasses.field(default_factory=dict)
-    tracked: tuple[str, dict[str, np.ndarray]] = ("", {})  # the last tracks, by their key
+    tracked: tuple[Any, dict[str, np.ndarray]] = (None, {})  # the last tracks, by their key
 
     @classmethod
     def load(cls, sweep: Sweep) -> "Bench":
@@ -52,16 +53,19 @@ class Bench:
         """Follow tracks, fit and judge, and write the trial's point."""
         with quiet_single_threaded_blas():
             protocol = self.sweep.protocol_of(trial.config)
-            if self.tracked[0] != trial.tracks_key:
-                self.tracked = trial.tracks_key, self._follow(trial, protocol.parts)
+            has_families = _read_families(protocol.parts)
+            controls = tuple(name.removeprefix("tracks_") for name in protocol.parts if name in CONTROLS)
+            key = trial.tracks_key, controls, has_families
+            if self.tracked[0] != key:
+                self.tracked = key, self._follow(trial, controls, has_families=has_families)
             arrays = self.tracked[1]
-            families = read_families(arrays, "a setting") if _read_families(protocol.parts) else {}
+            families = read_families(arrays, f"setting {trial.name}") if has_families else {}
             tables = make_tables(self.features, self.answers, arrays, families)
             if self.folds is None:
                 self.folds = make_folds(tables, protocol)
             self.sweep.write_point(trial, fit_point(tables, protocol, folds=self.folds, known=self.known))
 
-    def _follow(self, trial: Trial, parts: Sequence[str]) -> dict[str, np.ndarray]:
+    def _follow(self, trial: Trial, controls: Sequence[str], *, has_families: bool) -> dict[str, np.ndarray]:
         """Return what `tracks.npz` would hold, as far as the detectors read it."""
         workdir, config = self.sweep.workdir, trial.config.tracking
         return track_arrays(
@@ -69,8 +73,8 @@ class Bench:
             self.decoders,
             config,
             links=read_links(workdir) if needs_links(config) else None,
-            concepts=read_concepts(workdir) if _read_families(parts) else None,
-            controls=[name.removeprefix("tracks_") for name in parts if name in CONTROLS],
+            concepts=read_concepts(workdir) if has_families else None,
+            controls=controls,
         )
 
 

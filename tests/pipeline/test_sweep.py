@@ -236,6 +236,16 @@ def test_sweep__after_the_answers_changed_asks_for_track(swept, grid, tmp_path, 
             {},
             "setting top_k=20 tracks 20 latents a layer .*, the run kept 8",
         ),
+        (
+            "sweep.settings = (SweepSetting('a', {'tracking.links_per_latent': 3}),)",
+            {},
+            "tracking.links_per_latent is of links.npz, which a sweep reads as it is; set it and run jaxsae track",
+        ),
+        (
+            "sweep.settings = (SweepSetting('a', {'detection.families': ('metrics',)}),)",
+            {"sweep__detectors": "('length','tracks_profiles')"},
+            "sweep.detectors names tracks_profiles, whose family profiles of features is left out",
+        ),
     ],
 )
 def test_sweep__that_cannot_be_refuses_in_one_line_and_writes_nothing(
