@@ -11,6 +11,7 @@ from jaxsae.detection import evaluate
 from jaxsae.detection.baselines import make_baselines
 from jaxsae.detection.curves import FEW_LABELS, LABEL_NOISE, label_points
 from jaxsae.detection.nesting import nest_baseline, quiet_single_threaded_blas
+from jaxsae.detection.specs import Baseline, Choice
 from jaxsae.detection.splits import make_folds
 
 
