@@ -238,7 +238,7 @@ def test_train__without_a_coefficient__ends_with_k_active_and_none_dead(tmp_path
 
 
 def test_train__with_the_auxiliary_loss__has_fewer_dead_latents(tmp_path):
-    with_aux = train_planted(tmp_path / "with", 200)
-    without = train_planted(tmp_path / "without", 200, aux_coefficient=0.0)
+    with_aux = train_planted(tmp_path / "with", 200, n_latents=128)
+    without = train_planted(tmp_path / "without", 200, n_latents=128, aux_coefficient=0.0)
     assert (without["dead"] > 0.1).all()
     assert (with_aux["dead"] < 0.5 * without["dead"]).all()
