@@ -179,6 +179,7 @@ def batch_topk_codes(
     n, positive = n_kept(pre, k_now, axis), jax.nn.relu(pre)
     largest, ids = lax.top_k(positive, min(ROW_FACTOR * k, n_latents))
     top, low = _search_largest(largest, n, axes)
+    of_rows = largest
     # The n-th largest of these is no larger than that of all: a row whose last is smaller has all its kept among them.
     # A slice of the top-k itself would make XLA join the two and sort the rows; the slice of its bits does not.
     is_crowded = (_bits(largest)[:, -1] >= jnp.maximum(low, 1)) & (largest.shape[-1] < n_latents)
@@ -196,40 +197,30 @@ def batch_topk_codes(
     places = jnp.minimum(slots - (ends - n_in_row)[rows], largest.shape[-1] - 1)
     values = jnp.where(slots < ends[-1], largest[rows, places], 0.0)
     overflows = (ends[-1] > n_rows * n_slots) | (is_crowded.sum() > len(crowded))
-    whole = CrowdedRows(crowded, (whole_rows >= threshold) & (whole_rows > 0))
+    kept = (whole_rows >= threshold) & (whole_rows > 0)
+    if by_row is not None:  # a row's own slots hold its own largest, and no row is looked at whole
+        is_kept = _is_of_row(of_rows, k, k_now, latent_axis)
+        own_rows, own_places = jnp.divmod(slots, n_slots)
+        is_there, own_places = own_places < of_rows.shape[-1], jnp.minimum(own_places, of_rows.shape[-1] - 1)
+        own = jnp.where(is_there & is_kept[own_rows, own_places], of_rows[own_rows, own_places], 0.0)
+        rows, places = jnp.where(by_row, own_rows, rows), jnp.where(by_row, own_places, places)
+        values, kept = jnp.where(by_row, own, values), kept & ~by_row
+        overflows |= by_row & (is_kept.sum(axis=-1) > n_slots).any()
     codes = Codes(
         ids=ids[rows, places].reshape(n_rows, n_slots),
         values=values.reshape(n_rows, n_slots),
         rows=rows.astype(jnp.int32).reshape(n_rows, n_slots),
-        crowded=whole,
+        crowded=CrowdedRows(crowded, kept),
     )
-    if by_row is not None:
-        of_rows, is_cut = _codes_of_rows(pre, k, k_now, latent_axis, n_slots=n_slots, crowded=whole)
-        codes = jax.tree.map(lambda row, batch: jnp.where(by_row, row, batch), of_rows, codes)
-        overflows |= by_row & is_cut
     return codes, threshold, _max(overflows.astype(jnp.int32), axes) == 0
 
 
-def _codes_of_rows(
-    pre: Float[Array, "B F"],
-    k: int,
-    k_now: int | Float[Array, ""],
-    latent_axis: str | None,
-    *,
-    n_slots: int,
-    crowded: CrowdedRows,
-) -> tuple[Codes, Bool[Array, ""]]:
-    """Return the codes of `topk_codes` in so many slots and with no crowded rows, and whether the slots are too few.
-
-    A shard of latents may hold more of a row's largest than its part.
-    """
-    codes = topk_codes(pre, k, None if isinstance(k_now, int) else jnp.round(k_now), latent_axis)
-    n_rows = pre.shape[0]
-    missing = [(0, 0), (0, max(0, n_slots - codes.ids.shape[1]))]
-    ids, values = (jnp.pad(x, missing)[:, :n_slots] for x in (codes.ids, codes.values))
-    rows = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32)[:, None], ids.shape)
-    nobody = CrowdedRows(jnp.full_like(crowded.rows, n_rows), jnp.zeros_like(crowded.kept))
-    return Codes(ids, values, rows, nobody), (codes.values[:, n_slots:] > 0).any()
+def _is_of_row(
+    largest: Float[Array, "B K"], k: int, k_now: int | Float[Array, ""], latent_axis: str | None
+) -> Bool[Array, "B K"]:
+    """Say which of each row's largest entries are among its k largest above zero, of all shards of latents."""
+    place = jnp.arange(largest.shape[-1]) if latent_axis is None else rank_in_row(largest, k, latent_axis)
+    return (place < jnp.round(k_now)) & (largest > 0)
 
 
 def kth_largest(

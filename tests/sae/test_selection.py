@@ -160,10 +160,12 @@ def by_row_forms(n_shards):
     )
 
 
-def test_batch_topk_codes__compiled__search_rows_without_sorting_them():
-    text = jax.jit(lambda pre: batch_topk_codes(pre, 4, 4, None)).lower(np.zeros((64, 256), np.float32)).compile()
-    assert "TopK" in text.as_text()
-    assert " sort(" not in text.as_text()
+@pytest.mark.parametrize("by_row", [None, jnp.array(True)], ids=["by batch", "by row"])
+def test_batch_topk_codes__compiled__search_rows_once_without_sorting_them(by_row):
+    codes = jax.jit(lambda pre, by_row: batch_topk_codes(pre, 4, 4, None, by_row=by_row))
+    text = codes.lower(np.zeros((64, 256), np.float32), by_row).compile().as_text()
+    assert text.count('custom_call_target="TopK"') == 1
+    assert " sort(" not in text
 
 
 def test_topk_codes__with_fewer_asked_for_now__keep_those_of_a_smaller_k():
