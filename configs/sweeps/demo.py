@@ -4,8 +4,8 @@
     jaxsae sweep --config=configs/sweeps/demo.py --workdir=runs/demo
 
 The demo keeps 8 latents a layer, as many as its SAEs have active: settings track 3 or all of them. 2.4 minutes of CPU
-time, so about 1.5 minutes on 2 idle cores. Expected: chosen inside validation, AUROC .487 [.469, .506], which is
-chance; the best of the 24 by the test rows shows .515, an optimism of .028 [.014, .050].
+time, so about 1.5 minutes on 2 idle cores. With the SAEs of an earlier recipe, chosen inside validation: AUROC .487
+[.469, .506], which is chance; the best of the 24 by the test rows showed .515, an optimism of .028 [.014, .050].
 """
 
 from pathlib import Path

@@ -58,7 +58,8 @@ class Judge:
 
     def tabulate(self, answers: Sequence[Answer], kept: Features) -> Tables:
         """Return what the detector looks at, a row an answer."""
-        metrics, families = self._metrics(kept), self.families(kept, self.follow(kept))
+        tracks, offsets = follow_all(kept, self.decoders, self.tracker, links=self.links)
+        metrics, families = measure(tracks, offsets, self.tracker), self.families(kept, tracks)
         return build_tables(kept, answers, metrics, metric_names(self.tracker), track_families=families)
 
     def families(self, kept: Features, tracks: tracking.Tracks) -> dict[str, Family]:
