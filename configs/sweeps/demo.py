@@ -3,9 +3,9 @@
     jaxsae run --config=configs/demo.py --workdir=runs/demo
     jaxsae sweep --config=configs/sweeps/demo.py --workdir=runs/demo
 
-The demo keeps 8 latents a layer, as many as its SAEs have active: settings track 3 or all of them. 2.4 minutes of CPU
-time, so about 1.5 minutes on 2 idle cores. With the SAEs of an earlier recipe, chosen inside validation: AUROC .487
-[.469, .506], which is chance; the best of the 24 by the test rows showed .515, an optimism of .028 [.014, .050].
+The demo keeps 8 latents a layer, as many as its SAEs have active: settings track 3 or all of them. 2 min 36 s on 2 CPU
+cores with other work. Expected: chosen inside validation, AUROC .490 [.470, .510], which is chance; the best of the 24
+by the test rows shows .513, an optimism of .023 [.012, .046].
 """
 
 from pathlib import Path
