@@ -49,9 +49,8 @@ def make_families(
     )
     births, names = [], []
     for place, each in followed.items():
-        for index, token in enumerate(_TOKENS):
-            births.append(tracking.late_births(each, decoders, kept.token_directions[:, index]))
-            names += [f"{name} at {place} for {token}" for name in tracking.LATE_BIRTH_COLUMNS]
+        births.append(tracking.late_births(each, decoders, kept.token_directions).reshape(each.n_samples, -1))
+        names += [f"{name} at {place} for {token}" for token in _TOKENS for name in tracking.LATE_BIRTH_COLUMNS]
     families = {
         "profiles": Family(profiles, tracking.profile_columns(tracks.n_layers)),
         "concepts": Family(tracking.concept_bags(tracks, concepts)),

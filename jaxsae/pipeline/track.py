@@ -184,7 +184,7 @@ def follow_all(
         tracks = follow_latents(*kept.at(config.position), decoders, config, links=links)
         return tracks, np.arange(tracks.n_samples + 1)
     answers, places = _token_places(kept)
-    parts = [
+    parts = (
         follow_latents(
             kept.feature_ids[answers[start : start + _BLOCK], :, places[start : start + _BLOCK]],
             kept.activations[answers[start : start + _BLOCK], :, places[start : start + _BLOCK]],
@@ -193,7 +193,7 @@ def follow_all(
             links=links,
         )
         for start in range(0, len(answers), _BLOCK)
-    ]
+    )
     return tracking.Tracks.concatenate(parts), np.searchsorted(answers, np.arange(len(kept.ids) + 1))
 
 

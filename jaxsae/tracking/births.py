@@ -22,8 +22,10 @@ ALIGNED = 3.0  # standard deviations 1/sqrt(D) of the cosine of random direction
 _BLOCK = 1024  # decoder rows in float64 at a time
 
 
-def late_births(tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N 9"]:
-    """Return how far what is born late in each sample points at its token, columns `LATE_BIRTH_COLUMNS`.
+def late_births(
+    tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray, "N T D"]
+) -> Float[np.ndarray, "N T 9"]:
+    """Return how far what is born late in each sample points at each of T tokens, columns `LATE_BIRTH_COLUMNS`.
 
     Late births are tracks born in the last third of the layers. A latent's alignment is the cosine of its decoder row
     with the token's direction, its contribution their product times the activation, in logits. Columns: their number
@@ -34,17 +36,27 @@ def late_births(tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray
 
     Args:
         decoders: those the tracks were followed with; each layer is read once, in order.
-        directions: how the token's logit changes with the last layer's residual stream where it was chosen (one of
-            `Features.token_directions`): the final norm is in it to first order. What later layers would make of a
+        directions: how a token's logit changes with the last layer's residual stream where the emitted one was chosen
+            (`Features.token_directions`): the final norm is in it to first order. What later layers would make of a
             latent is left out. Zeros for a sample that emitted nothing.
     """
-    alignment, contribution = _attribute(tracks, decoders, directions)
+    seen = _attribute(tracks, decoders, directions)
+    return np.stack([_columns(tracks, *each, directions.shape[2]) for each in zip(*seen, strict=True)], axis=1)
+
+
+def _columns(
+    tracks: Tracks,
+    alignment: Float[np.ndarray, " observations"],
+    contribution: Float[np.ndarray, " observations"],
+    d_model: int,
+) -> Float[np.ndarray, "N 9"]:
+    """Return the columns for one token."""
     n, n_layers, sample = tracks.n_samples, tracks.n_layers, owners(tracks)[1]
     born = np.zeros(len(tracks.layer), bool)
     born[tracks.observation_offsets[:-1]] = True
     late = np.flatnonzero(born & late_layers(n_layers)[tracks.layer])
     of, acts = sample[late], tracks.activation[late]
-    aligned = alignment > ALIGNED / np.sqrt(directions.shape[1])
+    aligned = alignment > ALIGNED / np.sqrt(d_model)
     count, activation = np.bincount(of, minlength=n), _sums(of, acts, n)
     weighted = _sums(of, acts * alignment[late], n)
     final = tracks.layer == n_layers - 1
@@ -65,22 +77,24 @@ def late_births(tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray
 
 
 def _attribute(
-    tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray, "N D"]
-) -> tuple[Float[np.ndarray, " observations"], Float[np.ndarray, " observations"]]:
-    """Return each observation's alignment with its sample's direction, and its contribution."""
-    alignment, contribution = np.zeros(len(tracks.layer)), np.zeros(len(tracks.layer))
+    tracks: Tracks, decoders: Decoders, directions: Float[np.ndarray, "N T D"]
+) -> tuple[Float[np.ndarray, "T observations"], Float[np.ndarray, "T observations"]]:
+    """Return each observation's alignment with its sample's directions, and its contribution."""
+    shape = directions.shape[1], len(tracks.layer)
+    alignment, contribution = np.zeros(shape), np.zeros(shape)
     sample = owners(tracks)[1]
     for layer in range(tracks.n_layers):
         decoder, here = np.asarray(decoders[layer]), np.flatnonzero(tracks.layer == layer)
         for start in range(0, len(here), _BLOCK):
             rows = here[start : start + _BLOCK]
             vectors = decoder[tracks.feature_id[rows]].astype(np.float64)
-            towards = directions[sample[rows]].astype(np.float64)
-            pairs = ((vectors, towards), (vectors, vectors), (towards, towards))
-            product, left, right = (np.einsum("pd,pd->p", x, y) for x, y in pairs)
-            norms = np.sqrt(left * right)
-            alignment[rows] = np.divide(product, norms, out=np.zeros(len(rows)), where=norms > 0)
-            contribution[rows] = product * tracks.activation[rows]
+            left = np.einsum("pd,pd->p", vectors, vectors)
+            for token in range(shape[0]):
+                towards = directions[sample[rows], token].astype(np.float64)
+                product, right = (np.einsum("pd,pd->p", x, towards) for x in (vectors, towards))
+                norms = np.sqrt(left * right)
+                alignment[token, rows] = np.divide(product, norms, out=np.zeros(len(rows)), where=norms > 0)
+                contribution[token, rows] = product * tracks.activation[rows]
     return alignment, contribution
 
 

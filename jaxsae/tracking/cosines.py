@@ -48,8 +48,11 @@ class Cosines:
         """Return a layer's rows."""
         return self._window[layer].vectors
 
-    def add(self, layer: int, decoder: np.ndarray, ids: Int[np.ndarray, "N K"]) -> None:
+    def add(self, layer: int, decoder: np.ndarray, ids: Int[np.ndarray, "N K"], first: int = 0) -> None:
         """Take up a layer's rows, of which those of `ids` are going to be used; -1 is none.
+
+        Args:
+            first: the number of the first of the samples.
 
         Raises:
             InputError: the decoder is no matrix, is of another width than those before, has too few rows, or one in use
@@ -65,7 +68,7 @@ class Cosines:
                 )
         largest = ids.max(initial=-1)
         if largest >= len(decoder):
-            sample = int(np.argmax(ids.max(axis=1) == largest))
+            sample = first + int(np.argmax(ids.max(axis=1) == largest))
             raise InputError(
                 f"feature id {largest} in sample {sample}, layer {layer}: the decoder has {len(decoder)} latents, "
                 "expected ids below that; use the SAEs that made the features"

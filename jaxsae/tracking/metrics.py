@@ -6,7 +6,8 @@ Source: khurramkhalil/GhostTrack (MIT), whose values they equal to rounding.
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxsae.tracking.tracks import Tracks
+from jaxsae.tracking.cosines import blocks
+from jaxsae.tracking.tracks import TOGETHER, Tracks
 
 DIVERGENCE_COLUMNS = (
     "entropy_mean",
@@ -50,6 +51,13 @@ def divergence_metrics(tracks: Tracks) -> Float[np.ndarray, "N Q"]:
     of a track with at least 2 observations is 1 / (1 + variance of its activations); its three metrics are 0 without
     such a track, and survival_rate without any track. Rates are per layer.
     """
+    metrics = np.empty((tracks.n_samples, len(DIVERGENCE_COLUMNS)))
+    for samples in blocks(tracks.n_samples, TOGETHER):
+        metrics[samples] = _metrics(tracks.part(samples))
+    return metrics
+
+
+def _metrics(tracks: Tracks) -> Float[np.ndarray, "N Q"]:
     owner = np.repeat(np.arange(tracks.n_samples), np.diff(tracks.sample_offsets))
     density = count_living(tracks, owner)
     entropy, competition, dominance = _per_layer(tracks, owner)
@@ -66,7 +74,7 @@ def divergence_metrics(tracks: Tracks) -> Float[np.ndarray, "N Q"]:
         **_spread("density", density),
         "max_concurrent_tracks": density.max(axis=1),
     }
-    return np.stack([columns[name] for name in DIVERGENCE_COLUMNS], axis=1).astype(np.float64)
+    return np.stack([columns[name] for name in DIVERGENCE_COLUMNS], axis=1)
 
 
 def _spread(name: str, values: Float[np.ndarray, "N L"]) -> dict[str, np.ndarray]:

@@ -1,12 +1,12 @@
 """Tracks: SAE features followed through the layers.
 
-Samples are independent of each other, layers follow one another: the outer loop runs over layers, and each step is
-done for blocks of samples. A step holds `max_missed_layers` + 2 decoders, gathered decoder rows of a few samples and
-the cosines of a block; beyond those, memory is the input, the output and a few arrays [N, K].
+Samples are independent of each other, layers follow one another: `TOGETHER` samples at a time go through the layers,
+and each step is done for smaller blocks of them. A step holds `max_missed_layers` + 2 decoders, gathered decoder rows
+of a few samples and the cosines of a block. Beyond input and output, memory does not grow with the samples.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from jaxsae.tracking.cosines import Cosines, blocks
 from jaxsae.tracking.links import NULLS, Decoders, LinkGraph, check_null, random_null
 from jaxsae.tracking.pairs import Side, match_by_cosine, match_by_links
 
+TOGETHER = 2048  # samples that share a reading of the decoders; they take some 100 MB with 24 layers of 50 latents
 PAIR_BYTES = 2 * 2**20  # arrays of all pairs of a block of samples; larger ones were not faster
 MOST_NULL = 0.99  # above it, (c - q) / (1 - q) would be rounding alone
 
@@ -58,21 +59,43 @@ class Tracks:
         """Return every field as an array, for an .npz; `from_arrays` is the way back."""
         return {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
-    @classmethod
-    def concatenate(cls, parts: Sequence["Tracks"]) -> "Tracks":
-        """Return the samples of several, at least one, one after the other."""
-
-        def joined(offsets: list[np.ndarray]) -> np.ndarray:
-            ends = np.cumsum([0, *(part[-1] for part in offsets)])
-            return np.concatenate([[0], *(part[1:] + end for part, end in zip(offsets, ends, strict=False))])
-
-        flat = ("birth", "death", "layer", "feature_id", "activation")
-        return cls(
-            sample_offsets=joined([part.sample_offsets for part in parts]),
-            observation_offsets=joined([part.observation_offsets for part in parts]),
-            n_layers=parts[0].n_layers,
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in flat},
+    def part(self, samples: slice) -> "Tracks":
+        """Return samples that follow one another; all but the offsets are views."""
+        sample_offsets = self.sample_offsets[samples.start : samples.stop + 1]
+        tracks = slice(int(sample_offsets[0]), int(sample_offsets[-1]))
+        observation_offsets = self.observation_offsets[tracks.start : tracks.stop + 1]
+        observations = slice(int(observation_offsets[0]), int(observation_offsets[-1]))
+        return Tracks(
+            sample_offsets=sample_offsets - tracks.start,
+            birth=self.birth[tracks],
+            death=self.death[tracks],
+            observation_offsets=observation_offsets - observations.start,
+            layer=self.layer[observations],
+            feature_id=self.feature_id[observations],
+            activation=self.activation[observations],
+            n_layers=self.n_layers,
         )
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["Tracks"]) -> "Tracks":
+        """Return the samples of several, at least one, one after the other.
+
+        They are taken one by one, and no array is there twice: beyond the outcome one of them is in memory.
+        """
+        whole = {
+            field.name: np.zeros(
+                1 if field.name.endswith("offsets") else 0, np.float64 if field.name == "activation" else np.int64
+            )
+            for field in dataclasses.fields(cls)
+            if field.name != "n_layers"
+        }
+        n_layers = 0
+        for part in parts:
+            n_layers = part.n_layers
+            for name, array in whole.items():
+                more = getattr(part, name)
+                _append(array, more[1:] + array[-1] if name.endswith("offsets") else more)
+        return cls(n_layers=n_layers, **whole)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Tracks":
@@ -119,8 +142,9 @@ def track(
     Args:
         feature_ids: latent of each slot; -1 marks an empty one.
         activations: descending, 0 in empty slots; a slot of activation 0 counts as empty whatever its id.
-        decoders: row f of item l is the decoder vector of latent f of layer l. Each item is read once, in order, none
-            with association "links". All widths D agree, because vectors of neighbouring layers are compared.
+        decoders: row f of item l is the decoder vector of latent f of layer l. Each item is read once for `TOGETHER`
+            samples, in order, none with association "links". All widths D agree, because vectors of neighbouring
+            layers are compared.
         config: the tracker's settings.
         links: the graph that association "links" looks up, and where the nulls are read. Without it the null of random
             pairs is measured here, on the same pairs. Its layers are those of the features, or more.
@@ -131,15 +155,30 @@ def track(
     """
     feature_ids, activations = np.asarray(feature_ids), np.asarray(activations)
     _check_shapes(feature_ids, activations, decoders)
-    for layer in range(feature_ids.shape[1]):
-        _check_layer(feature_ids[:, layer].astype(np.int64), activations[:, layer], layer)
+    together = blocks(max(1, len(feature_ids)), TOGETHER)
+    return Tracks.concatenate(
+        _track_together(feature_ids[rows], activations[rows], rows.start, decoders, config, links) for rows in together
+    )
 
+
+def _track_together(
+    feature_ids: Int[np.ndarray, "N L K"] | np.ndarray,
+    activations: Float[np.ndarray, "N L K"] | np.ndarray,
+    first: int,
+    decoders: Decoders,
+    config: TrackerConfig,
+    links: LinkGraph | None,
+) -> Tracks:
+    """Return the tracks of samples that go through the layers together; `first` is the first one's number."""
     n_samples, n_layers, _ = feature_ids.shape
+    for layer in range(n_layers):
+        _check_layer(feature_ids[:, layer].astype(np.int64), activations[:, layer], layer, first)
+
     look: _ByCosine | _ByLinks
     if config.association == "links":
-        look = _ByLinks(links, config, n_layers)
+        look = _ByLinks(links, config, n_layers, first)
     else:
-        look = _ByCosine(decoders, links, config, n_layers)
+        look = _ByCosine(decoders, links, config, n_layers, first)
     living = _Living.none(n_samples)
     log = _Log(n_samples)
     for layer in range(n_layers):
@@ -154,8 +193,10 @@ def track(
 class _ByCosine:
     """Associates by the decoders, of which it reads one more in each layer."""
 
-    def __init__(self, decoders: Decoders, links: LinkGraph | None, config: TrackerConfig, n_layers: int) -> None:
-        self._decoders, self._links, self._config = decoders, links, config
+    def __init__(
+        self, decoders: Decoders, links: LinkGraph | None, config: TrackerConfig, n_layers: int, first: int
+    ) -> None:
+        self._decoders, self._links, self._config, self._first = decoders, links, config, first
         self._spans = config.max_missed_layers + 1
         if config.null != "none" and (links is not None or config.null != "random_pairs"):
             check_null(links, config.null, n_layers=n_layers, spans=self._spans)
@@ -166,7 +207,7 @@ class _ByCosine:
     def enter(self, features: "_Features") -> None:
         self._layer = layer = features.layer
         self._cosines.forget(layer - self._spans - 1)
-        self._cosines.add(layer, np.asarray(self._decoders[layer]), features.ids)
+        self._cosines.add(layer, np.asarray(self._decoders[layer]), features.ids, self._first)
         if self._config.null != "none" and layer > 0:
             spans = range(1, min(self._spans, layer) + 1)
             self._null = np.array([self._measured(layer - span, span) for span in spans])
@@ -192,7 +233,7 @@ class _ByCosine:
 class _ByLinks:
     """Associates by looking up a link graph."""
 
-    def __init__(self, links: LinkGraph | None, config: TrackerConfig, n_layers: int) -> None:
+    def __init__(self, links: LinkGraph | None, config: TrackerConfig, n_layers: int, first: int) -> None:
         if links is None:
             raise InputError("tracking.association=links needs a link graph, none was given; pass links=")
         if links.n_layers < n_layers:
@@ -201,14 +242,14 @@ class _ByLinks:
             )
         if config.null != "none":
             check_null(links, config.null, n_layers=n_layers, spans=1)
-        self._links, self._config = links, config
+        self._links, self._config, self._first = links, config, first
         self._layer = 0
 
     def enter(self, features: "_Features") -> None:
         self._layer = layer = features.layer
         largest = features.ids.max(initial=-1)
         if largest >= self._links.n_latents:
-            sample = int(np.argmax(features.ids.max(axis=1) == largest))
+            sample = self._first + int(np.argmax(features.ids.max(axis=1) == largest))
             raise InputError(
                 f"feature id {largest} in sample {sample}, layer {layer}: the links are of {self._links.n_latents} "
                 "latents, expected ids below that; make them of the SAEs that made the features"
@@ -412,21 +453,28 @@ def _check_shapes(feature_ids: np.ndarray, activations: np.ndarray, decoders: De
         raise InputError(f"{len(decoders)} decoders for {n_layers} layers of features; give one decoder per layer")
 
 
-def _check_layer(ids: Int[np.ndarray, "N K"], acts: Float[np.ndarray, "N K"], layer: int) -> None:
-    _check_none(~np.isfinite(acts), acts, layer, "activation", "finite numbers")
-    _check_none(acts < 0, acts, layer, "activation", "none below 0")
-    _check_none(acts[:, 1:] > acts[:, :-1], acts[:, 1:], layer, "activation", "descending slots; sort each row")
-    _check_none(ids < -1, ids, layer, "feature id", "a latent, or -1 for an empty slot")
-    _check_none((ids < 0) & (acts > 0), acts, layer, "activation", "0 in slots of feature id -1")
+def _check_layer(ids: Int[np.ndarray, "N K"], acts: Float[np.ndarray, "N K"], layer: int, first: int) -> None:
+    def check(is_bad: Bool[np.ndarray, "N _"], values: np.ndarray, noun: str, expected: str) -> None:
+        if is_bad.any():
+            sample, slot = np.argwhere(is_bad)[0]
+            value = values[sample, slot]
+            raise InputError(f"{noun} {value} in sample {first + sample}, layer {layer}: expected {expected}")
+
+    check(~np.isfinite(acts), acts, "activation", "finite numbers")
+    check(acts < 0, acts, "activation", "none below 0")
+    check(acts[:, 1:] > acts[:, :-1], acts[:, 1:], "activation", "descending slots; sort each row")
+    check(ids < -1, ids, "feature id", "a latent, or -1 for an empty slot")
+    check((ids < 0) & (acts > 0), acts, "activation", "0 in slots of feature id -1")
     ordered = np.sort(ids, axis=1)
     is_repeat = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    _check_none(is_repeat, ordered[:, 1:], layer, "feature id", "each latent once, it is repeated")
+    check(is_repeat, ordered[:, 1:], "feature id", "each latent once, it is repeated")
 
 
-def _check_none(is_bad: Bool[np.ndarray, "N K"], values: np.ndarray, layer: int, noun: str, expected: str) -> None:
-    if is_bad.any():
-        sample, slot = np.argwhere(is_bad)[0]
-        raise InputError(f"{noun} {values[sample, slot]} in sample {sample}, layer {layer}: expected {expected}")
+def _append(array: np.ndarray, more: np.ndarray) -> None:
+    """Lengthen an array that nothing else looks at, where it is if there is room, by another's items."""
+    n = len(array)
+    array.resize(n + len(more), refcheck=False)
+    array[n:] = more
 
 
 def _typed(name: str, array: np.ndarray) -> np.ndarray:

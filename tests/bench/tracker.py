@@ -3,7 +3,8 @@
 24 layers, 50 latents kept of 5,120, residual width 1,024: GPT-2 medium as published, where a sample took 0.66 s.
 Features persist from layer to layer, drift and are replaced, so that tracks live for some layers and the matrices to
 assign are as full as real ones. The link graph of the same decoders is made and its time and size are printed, and
-`links` looks it up. Results go to DIR/tracker.json.
+`links` looks it up. Memory is that of tracks and metrics, with as many samples as go through the layers together and
+with twice as many. Results go to DIR/tracker.json.
 """
 
 import sys
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
 from jaxsae import artifacts, tracking
+from jaxsae.tracking.tracks import TOGETHER
 
 N_LAYERS, N_KEPT, N_LATENTS, D_MODEL = 24, 50, 5120, 1024
 PUBLISHED_SECONDS = 0.66  # a sample, khurramkhalil/GhostTrack's own figure for GPT-2 medium
@@ -72,18 +74,22 @@ def measure(
 
 
 def working_bytes(
+    n_samples: int,
     ids: Int[np.ndarray, "N L K"],
     activations: Float[np.ndarray, "N L K"],
     decoders: list[np.ndarray],
     config: tracking.TrackerConfig,
     links: tracking.LinkGraph | None = None,
 ) -> int:
-    """Return the most that was allocated at a time, beyond the inputs and the tracks that come out."""
+    """Return the most that was allocated at a time beyond input and output, with the samples again and again."""
+    rows = np.resize(np.arange(len(ids)), n_samples)
+    ids, activations = ids[rows], activations[rows]
     tracemalloc.start()
     tracks = tracking.track(ids, activations, decoders, config, links=links)
+    metrics = tracking.divergence_metrics(tracks)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return peak - sum(array.nbytes for array in tracks.arrays().values())
+    return peak - metrics.nbytes - sum(array.nbytes for array in tracks.arrays().values())
 
 
 def main() -> None:
@@ -98,21 +104,22 @@ def main() -> None:
         print(f"links: {graph['seconds']:.1f} s on one core, {graph['bytes'] / 2**20:.1f} MiB", flush=True)
         for name, config in CONFIGS.items():
             seconds = measure(ids, activations, decoders, config, links)
-            counts = N_SAMPLES // 2, N_SAMPLES
-            halves = [working_bytes(ids[:n], activations[:n], decoders, config, links) for n in counts]
+            once, twice = (
+                working_bytes(n, ids, activations, decoders, config, links) for n in (TOGETHER, 2 * TOGETHER)
+            )
             rows.append(
                 {
                     "config": name,
                     "ms_per_sample": 1e3 * seconds,
                     "times_published": PUBLISHED_SECONDS / seconds,
-                    "working_bytes": halves[1],
-                    "working_bytes_per_sample": (halves[1] - halves[0]) / (N_SAMPLES - N_SAMPLES // 2),
+                    "working_bytes": twice,
+                    "working_bytes_more": twice - once,
                 }
             )
             print(
                 f"tracker, {name}: {rows[-1]['ms_per_sample']:.2f} ms a sample on one core, "
                 f"{rows[-1]['times_published']:.0f} times the published {PUBLISHED_SECONDS} s; working memory "
-                f"{halves[1] / 2**20:.1f} MiB, {rows[-1]['working_bytes_per_sample'] / 2**10:.1f} KiB more a sample",
+                f"{once / 2**20:.1f} MiB for {TOGETHER} samples, {twice / 2**20:.1f} MiB for {2 * TOGETHER}",
                 flush=True,
             )
     artifacts.write_json(out / "tracker.json", {"samples": N_SAMPLES, "rows": rows, "links": graph})

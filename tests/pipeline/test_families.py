@@ -59,7 +59,7 @@ def test_follow_families__are_of_the_tracked_position_and_of_the_prompt(kept, de
     width = len(tracking.LATE_BIRTH_COLUMNS)
     for index in range(2):
         part = found["late_births"].matrix[:, (2 + index) * width : (3 + index) * width]
-        np.testing.assert_array_equal(part, tracking.late_births(prompt, decoders, kept.token_directions[:, index]))
+        np.testing.assert_array_equal(part, tracking.late_births(prompt, decoders, kept.token_directions)[:, index])
     at = found["profiles"].columns.index("sae_error_00")
     np.testing.assert_array_equal(found["profiles"].matrix[:, at : at + L], kept.recon_error[:, :, 1])
     alone = families_at(kept, decoders, position="last_prompt")

@@ -128,17 +128,20 @@ def test_concept_bags__equal_a_plain_loop(followed):
 
 def test_late_births__equal_a_plain_loop(followed):
     *_, decoders, _, tracks = followed
-    directions = np.random.default_rng(2).standard_normal((N, D)).astype(np.float32)
-    directions[5] = 0
-    found = tracking.late_births(tracks, decoders, directions)
-    assert found.shape == (N, len(tracking.LATE_BIRTH_COLUMNS))
-    for n in range(N):
+    both = np.random.default_rng(2).standard_normal((N, 2, D)).astype(np.float32)
+    both[5] = 0
+    found = tracking.late_births(tracks, decoders, both)
+    assert found.shape == (N, 2, len(tracking.LATE_BIRTH_COLUMNS))
+    for n, token in np.ndindex(N, 2):
+        directions = both[:, token]
         mine = [observations(tracks, track) for track in tracks_of(tracks, n)]
         born = [seen[0] for seen in mine if seen[0][0] >= 4]
         cosines = [cosine(decoders[layer][latent], directions[n]) for layer, latent, _ in born]
 
-        def given(layer, latent, activation, n=n):
-            return activation * (decoders[layer][latent].astype(float) @ directions[n].astype(float))
+        towards = directions[n].astype(float)
+
+        def given(layer, latent, activation, towards=towards):
+            return activation * (decoders[layer][latent].astype(float) @ towards)
 
         gifts = [given(*each) for each in born]
         sizes = [activation for *_, activation in born]
@@ -159,13 +162,13 @@ def test_late_births__equal_a_plain_loop(followed):
             "final_contribution": sum(given(*each) for seen in mine for each in seen if each[0] == L - 1),
             "first_aligned_layer": min(aligned, default=L) / L,
         }
-        np.testing.assert_allclose(found[n], [row[name] for name in tracking.LATE_BIRTH_COLUMNS], atol=1e-9)
+        np.testing.assert_allclose(found[n, token], [row[name] for name in tracking.LATE_BIRTH_COLUMNS], atol=1e-9)
 
 
 def test_families__of_a_sample_alone_are_the_same_to_the_last_bit(followed):
     ids, activations, decoders, config, tracks = followed
     rng = np.random.default_rng(4)
-    error, directions = rng.random((N, L)).astype(np.float32), rng.standard_normal((N, D)).astype(np.float32)
+    error, directions = rng.random((N, L)).astype(np.float32), rng.standard_normal((N, 2, D)).astype(np.float32)
     concepts = rng.integers(0, 11, (L, F))
 
     def families(tracks, rows):
@@ -211,8 +214,8 @@ def test_families__of_no_tracks_are_defined():
     assert np.isfinite(profiles).all()
     assert (profiles[:, :4] == 0.5).all()
     assert tracking.concept_bags(empty, np.zeros((4, 5), int)).nnz == 0
-    births = tracking.late_births(empty, np.ones((4, 5, 2)), np.ones((3, 2)))
-    np.testing.assert_array_equal(births, [[0] * 8 + [1]] * 3)
+    births = tracking.late_births(empty, np.ones((4, 5, 2)), np.ones((3, 2, 2)))
+    np.testing.assert_array_equal(births, [[[0] * 8 + [1]] * 2] * 3)
 
 
 def test_largest_coordinates__are_signed_units_that_only_equal_coordinates_link():

@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from jaxsae import tracking
 from jaxsae.artifacts import InputError
 from jaxsae.tracking import cosines as cosines_module
+from jaxsae.tracking import metrics as metrics_module
 from jaxsae.tracking import pairs as pairs_module
 from jaxsae.tracking import tracks as tracks_module
 from jaxsae.tracking.cosines import Cosines
@@ -456,18 +457,50 @@ def test_track__reads_each_decoder_once_and_holds_few(missed, monkeypatch):
     assert reader.most_held == missed + 2
 
 
-def test_track__memory_does_not_grow_with_gathered_vectors(monkeypatch):
-    """A sample more may cost its share of the arrays [N, K] and of the output, not its decoder rows (64 KiB)."""
-    monkeypatch.setattr(tracks_module, "PAIR_BYTES", 2**16)
-    monkeypatch.setattr(cosines_module, "VECTOR_BYTES", 2**18)
-    peaks = []
-    for n_samples in (20, 220):
-        features = make_features(1, n_samples=n_samples, n_layers=3, n_slots=16, n_latents=40, d_model=512)
+@pytest.mark.parametrize("association", ["hungarian", "greedy", "links"])
+def test_track__memory_does_not_grow_with_the_samples(association, monkeypatch):
+    """Beyond input and output; tracks that go on along links are among the ones looked up."""
+    monkeypatch.setattr(tracks_module, "TOGETHER", 200)
+    monkeypatch.setattr(metrics_module, "TOGETHER", 200)
+    shape = {"n_layers": 3, "n_slots": 16, "n_latents": 40, "d_model": 512}
+    links = tracking.link_by_weights(make_features(1, n_samples=1, **shape)[2], 4)
+    config, peaks = tracking.TrackerConfig(association=association), []
+    for n_samples in (200, 400, 1200):  # the first time the type checker of the tests takes memory, and some with each call
+        features = make_features(1, n_samples=n_samples, **shape)
         tracemalloc.start()
-        tracking.track(*features, tracking.TrackerConfig())
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracks = tracking.track(*features, config, links=links)
+        metrics = tracking.divergence_metrics(tracks)
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 200 < 16 * 1024
+        peaks.append(peak - metrics.nbytes - sum(array.nbytes for array in tracks.arrays().values()))
+    assert peaks[2] - peaks[1] < 800 * 160  # the numbers of a sample's tracks alone would be 192 bytes
+
+
+@pytest.mark.parametrize("association", ["hungarian", "links"])
+def test_track__does_not_depend_on_how_many_samples_go_together(association, monkeypatch):
+    ids, acts, decoders = make_features(8, n_samples=9)
+    config, links = tracking.TrackerConfig(association=association), tracking.link_by_weights(decoders, 4)
+    whole = tracking.track(ids, acts, decoders, config, links=links)
+    metrics = tracking.divergence_metrics(whole)
+    monkeypatch.setattr(tracks_module, "TOGETHER", 4)
+    monkeypatch.setattr(metrics_module, "TOGETHER", 2)
+    parts = tracking.track(ids, acts, decoders, config, links=links)
+    assert_same(whole, parts)
+    np.testing.assert_array_equal(tracking.divergence_metrics(parts), metrics)
+
+
+def test_track__names_the_sample_behind_the_first_that_go_together(monkeypatch):
+    monkeypatch.setattr(tracks_module, "TOGETHER", 4)
+    ids, acts, decoders = make_features(8, n_samples=9)
+    acts[6, 2, 0] = np.nan
+    with pytest.raises(InputError, match="activation nan in sample 6, layer 2"):
+        tracking.track(ids, acts, decoders, tracking.TrackerConfig())
+    ids, acts, decoders = make_features(8, n_samples=9)
+    ids[7, 1, 0] = 999
+    for association in ("hungarian", "links"):
+        config = tracking.TrackerConfig(association=association)
+        with pytest.raises(InputError, match="feature id 999 in sample 7, layer 1"):
+            tracking.track(ids, acts, decoders, config, links=tracking.link_by_weights(decoders, 4))
 
 
 # Parity
