@@ -16,6 +16,7 @@ from jaxsae.pipeline.sizes import Job, Number, Shape
 from jaxsae.pipeline.train import PCA_ROWS
 from jaxsae.sae.architectures import architecture
 from jaxsae.sae.train import INIT_ROWS
+from jaxsae.tracking.links import BLOCK_BYTES
 
 _STARTED_BYTES = 2**30  # resident beside a stage's arrays: Python, jax, programs, what earlier stages leave
 _SHARDS_IN_MEMORY = 4  # one computed, two being written, one as it left the device
@@ -304,16 +305,46 @@ def _track(job: Job) -> Need:
         disk_bytes=resid + kept,
         fixed_seconds=matched * (4e-5 + 6e-11 * k**2 * shape.d_model + 5e-8 * k**2) + 2.0,
     )
+    links = _links(job)
     suite = 4 * shape.n_layers * _parameters(job)
     stream = 4 * shape.n_layers * batch * length * shape.d_model
     encoded = 4 * batch * (1 + job.answer_tokens) * (5 * n_latents + 3 * shape.d_model)
     return Need(
         "track",
-        _model_load(shape) + work,
-        host_bytes=_STARTED_BYTES + 3 * (resid + kept),
+        _model_load(shape) + work + links.work,
+        host_bytes=_STARTED_BYTES + max(3 * (resid + kept), resid + kept + links.host_bytes),
         device_bytes=shape.n_bytes + 2 * suite + stream + encoded + _forward_bytes(job, batch, length, keeps=False),
-        disk_bytes=resid + kept + 60 * 25 * job.n_questions,
+        disk_bytes=resid + kept + 60 * 25 * job.n_questions + links.disk_bytes,
     )
+
+
+def _links(job: Job) -> Need:
+    """The link graph, on the host: products and ranking of all pairs of latents in neighbouring layers.
+
+    Seconds a pair are read off 24 s for 24 layers of 5,120 latents, D 1,024, on one core (`tests/bench/tracker.py`). By
+    firing together, the model and the SAEs read some of the corpus first.
+    """
+    shape, settings, n_latents = job.shape, job.config.tracking, job.recipe.n_latents
+    if settings.links == "none":
+        return Need("links", Work(), 0, 0, 0)
+    n_links, reads_corpus = min(settings.links_per_latent, n_latents), settings.links == "coactivation"
+    n_pairs = (shape.n_layers - 1) * n_latents**2
+    disk = (shape.n_layers - 1) * n_latents * (4 + 4 * n_links * (2 + reads_corpus))
+    held = 8 * (settings.max_missed_layers + 2) * n_latents * shape.d_model
+    work = Work(disk_bytes=disk, fixed_seconds=n_pairs * (1.5e-8 + 2.4e-11 * shape.d_model))
+    if reads_corpus:
+        context, keep = job.config.corpus.context, job.config.features.keep
+        n_tokens = min(max(settings.links_tokens, context), job.n_tokens)
+        pre = shape.n_layers * n_tokens * n_latents
+        work += Work(
+            model_flops=shape.forward_flops(n_tokens, context),
+            sae_flops=2 * pre * shape.d_model,
+            moved_bytes=shape.forward_moved(n_tokens, context) + 4 * 4 * pre,
+            ranked=pre,
+            fixed_seconds=3e-8 * n_pairs + 1e-8 * shape.n_layers * n_tokens * keep**2,
+        )
+        held += 8 * shape.n_layers * n_tokens * keep + 2 * 24 * n_tokens * keep
+    return Need("links", work, host_bytes=2 * disk + held + 4 * BLOCK_BYTES, device_bytes=0.0, disk_bytes=disk)
 
 
 def _detect(job: Job) -> Need:

@@ -68,6 +68,16 @@ def test_checkpoint__takes_the_planned_bytes(finished, small_job):
     assert need_of(small_job, "train").disk_bytes == 3 * planned
 
 
+def test_links__take_the_planned_bytes(finished, small_job):
+    planned = costs._links(small_job).disk_bytes
+    assert planned < (finished.workdir / "links.npz").stat().st_size < planned + 10_000  # the nulls, and the zip's own
+    without = dataclasses.replace(small_job.config.tracking, links="none")
+    unlinked = dataclasses.replace(small_job, config=dataclasses.replace(small_job.config, tracking=without))
+    track, less = need_of(small_job, "track"), need_of(unlinked, "track")
+    assert track.disk_bytes - less.disk_bytes == planned
+    assert track.work.seconds(RATES) > less.work.seconds(RATES)
+
+
 def test_job__has_the_run_s_steps_and_questions(finished, small_job):
     about = json.loads((finished.workdir / "saes" / "suite.json").read_text())
     assert small_job.recipe.total_steps == about["total_steps"]
