@@ -34,6 +34,11 @@ LOGPROB_DETECTORS = (
 PROBES = tuple(f"probe_{position}" for position in RESID_POSITIONS)
 TEXT_DETECTORS = ("question_tfidf", "answer_tfidf", "question_answer_tfidf")
 NOISE_CANARY = "noise_canary"
+CANARY_DRAWS = 10  # of its noise: one draw alone is off by more than resampled answers tell, and now and then far off
+CANARY_DEFINITION = (
+    "the track forest on Gaussian noise keyed by the text of (question, answer): 0.5 unless texts leak; the mean of "
+    f"{CANARY_DRAWS} draws, with a t-interval over them"
+)
 
 
 def stack_parts(families: Sequence[str]) -> tuple[str, ...]:
@@ -87,11 +92,11 @@ def make_baselines(settings: Settings, n_layers: int) -> dict[str, Baseline]:
 
 
 def make_canary(settings: Settings, noise: Float[np.ndarray, "N Q"]) -> Baseline:
-    """Return the method's reference classifier on Gaussian noise in place of the track metrics."""
+    """Return the method's reference classifier on one draw of Gaussian noise in place of the track metrics."""
     return dataclasses.replace(
         make_forest(settings),
         name=NOISE_CANARY,
-        definition="the track forest on Gaussian noise keyed by the text of (question, answer): 0.5 unless texts leak",
+        definition=CANARY_DEFINITION,
         inputs=lambda tables, choice: noise,
     )
 

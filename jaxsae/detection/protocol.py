@@ -12,6 +12,8 @@ from sklearn.metrics import roc_auc_score
 from jaxsae.detection import statistics
 from jaxsae.detection.ablations import count_stacks, family_rows
 from jaxsae.detection.baselines import (
+    CANARY_DEFINITION,
+    CANARY_DRAWS,
     LOGPROB_DETECTORS,
     STACK_DEFINITIONS,
     STACKS,
@@ -32,7 +34,7 @@ from jaxsae.detection.nesting import (
     nest_stack,
     quiet_single_threaded_blas,
 )
-from jaxsae.detection.resampling import Bootstrap, Control, compare
+from jaxsae.detection.resampling import Bootstrap, Control, compare, over_draws
 from jaxsae.detection.specs import Baseline, Choice
 from jaxsae.detection.splits import (
     check_rows,
@@ -56,7 +58,7 @@ class Results:
     Intervals are percentiles over resampled groups with the out-of-fold scores held fixed. In a cross-validation each
     pair of rows serves once in each direction, so that on pure noise a fitted linear detector varies about sqrt(2)
     times more than its interval says (measured on 120 draws of 120 rows: 82 % of the intervals hold 0.5, against 94 %
-    without a fit and 92 % for the canary's forest).
+    without a fit and 92 % for a forest). The canary's interval is over draws of its noise instead.
 
     Attributes:
         predictions: columns of equal length, a row per (detector, repeat, answer): id, group, repeat, fold, label,
@@ -66,7 +68,7 @@ class Results:
             score, and so do the p-value and the risk-coverage curve; Brier and ECE use the mean probability, by Platt's
             line and, beside it, by isotonic regression; accuracy, precision, recall and F1 count one decision per
             (repeat, answer) at that fold's threshold.
-        canary: the noise canary's AUROC, interval and p-value.
+        canary: the noise canary's mean AUROC over its draws, t-interval and one-sided p-value.
         controls: within-group label permutation, and texts that lie in two folds.
         by_category: a row per (category, detector): its hallucinated answers against all right answers, and against
             the right ones of the same category.
@@ -111,11 +113,11 @@ def evaluate(tables: Tables, config: ProtocolConfig, *, progress: Progress | Non
     detectors = list(config.judged)
     baselines = make_baselines(config.settings, tables.n_layers)
     points = label_points(tables, folds[0], seed=config.seed)
-    n_steps = config.repeats * (len(config.parts) + 2) + len(detectors) + 3 + len(config.curves) * len(points)
-    n_steps += count_stacks(config)
+    n_steps = config.repeats * (len(config.parts) + 1) + len(detectors) + 2 + len(config.curves) * len(points)
+    n_steps += CANARY_DRAWS + count_stacks(config)
     steps = Steps(config.n_jobs, progress, total=n_steps)
     with quiet_single_threaded_blas():
-        nested, canary, permutation, on_curves = _fit_all(tables, config, folds, baselines, points, steps)
+        nested, canaries, permutation, on_curves = _fit_all(tables, config, folds, baselines, points, steps)
         verdicts = {
             (name, repeat): judge(each, tables.labels, folds[repeat], objective=config.threshold)
             for (name, repeat), each in nested.items()
@@ -127,7 +129,7 @@ def evaluate(tables: Tables, config: ProtocolConfig, *, progress: Progress | Non
         }
         bootstrap = Bootstrap(tables, config, steps)
         resampled, p_values = bootstrap.overall(scores), bootstrap.p_values(scores)
-        canary_row, permutation_row = bootstrap.control(canary), bootstrap.control(permutation)
+        permutation_row = bootstrap.control(permutation)
         by_category = bootstrap.by_category({name: scores[name] for name in _category_detectors(config)})
         ablations = family_rows(nested, folds, tables.labels, config, bootstrap)
         whole = {name: nested[name, 0].scores for name in config.curves}
@@ -136,13 +138,13 @@ def evaluate(tables: Tables, config: ProtocolConfig, *, progress: Progress | Non
     return Results(
         predictions=_predictions(tables, folds, detectors, nested, verdicts),
         detection=[row | {"p_value": p_values[row["name"]]} for row in rows],
-        canary=canary_row,
+        canary=over_draws(CANARY_DEFINITION, tables.labels, [each.scores for each in canaries]),
         controls=_control_rows(tables, folds, permutation_row),
         by_category=by_category,
         differences=compare(tables, config, scores, resampled),
         ablations=ablations,
         curves=curves,
-        counts=_counts(tables, baselines, nested, [canary, permutation, *on_curves.values()]),
+        counts=_counts(tables, baselines, nested, [permutation, *canaries, *on_curves.values()]),
         splits=describe_splits(tables, folds),
         config=dataclasses.asdict(config),
     )
@@ -155,20 +157,22 @@ def _fit_all(
     baselines: Mapping[str, Baseline],
     points: Mapping[str, Point],
     steps: Steps,
-) -> tuple[dict[tuple[str, int], Nested], Control, Control, dict[tuple[str, str], Nested]]:
-    """Return every detector's scores in each repeat, stacks and all their parts; canary; label permutation; curves."""
-    noise = text_noise(tables.texts, n_columns=len(tables.track_columns), seed=config.seed)
+) -> tuple[dict[tuple[str, int], Nested], list[Nested], Control, dict[tuple[str, str], Nested]]:
+    """Return every detector's scores in each repeat, stacks and all their parts; canaries; label permutation; curves.
+
+    Each draw of the canary is judged on the folds of one repeat.
+    """
     permuted = permute_within_groups(tables.labels, tables.group_index, seed=config.seed)
-    controls = {
-        "control noise": (make_canary(config.settings, noise), tables.labels),
-        "control permutation": (baselines["tracks_logistic"], permuted),
-    }
 
     def fit(name: str, repeat: int) -> Callable[[], Nested]:
-        if name in controls:
-            baseline, labels = controls[name]
-            return lambda: hold_out_baseline(baseline, labels, tables, folds[repeat])
+        if name == "control permutation":
+            return lambda: hold_out_baseline(baselines["tracks_logistic"], permuted, tables, folds[repeat])
         return lambda: nest_baseline(baselines[name], tables, folds[repeat], scheme=config.inner)
+
+    def fit_canary(draw: int) -> Callable[[], Nested]:
+        return lambda: hold_out_baseline(
+            _canary(draw, tables, config), tables.labels, tables, folds[draw % config.repeats]
+        )
 
     def fit_point(name: str, point: str) -> Callable[[], Nested]:
         labels = points[point].labels
@@ -177,20 +181,24 @@ def _fit_all(
     repeats = range(len(folds))
     # What has most to fit is first in line, so that it does not leave the other threads waiting at the end.
     slowest = (METHOD, "tracks_forest")
-    names = [*controls, *sorted(config.parts, key=lambda name: name not in slowest)]
+    names = ["control permutation", *sorted(config.parts, key=lambda name: name not in slowest)]
+    noise = {("control noise", draw): fit_canary(draw) for draw in range(CANARY_DRAWS)}
     whole = {key: fit(*key) for key in itertools.product(names, repeats)}
     on_curves = {key: fit_point(*key) for key in itertools.product(config.curves, points)}
-    done = steps.run(whole | on_curves)
-    curved = {key: done.pop(key) for key in on_curves}
-    canary, permutation = (
-        _average(baseline.definition, labels, [done.pop((name, repeat)) for repeat in repeats])
-        for name, (baseline, labels) in controls.items()
-    )
+    done = steps.run(noise | whole | on_curves)
+    curved, canaries = ({key: done.pop(key) for key in part} for part in (on_curves, noise))
+    of_permuted = [done.pop(("control permutation", repeat)) for repeat in repeats]
+    permutation = _average(baselines["tracks_logistic"].definition, permuted, of_permuted)
     for name in (name for name in STACKS if name in config.judged):
         parts = parts_of(name, config.families)
         for repeat, fold in enumerate(folds):
             done[name, repeat] = nest_stack([done[part, repeat] for part in parts], tables.labels, fold)
-    return done, canary, permutation, curved
+    return done, list(canaries.values()), permutation, curved
+
+
+def _canary(draw: int, tables: Tables, config: ProtocolConfig) -> Baseline:
+    seed = config.seed * CANARY_DRAWS + draw
+    return make_canary(config.settings, text_noise(tables.texts, n_columns=len(tables.track_columns), seed=seed))
 
 
 def _average(definition: str, labels: Int[np.ndarray, " N"], by_repeat: Sequence[Nested]) -> Control:

@@ -1,10 +1,11 @@
 """The same resamples of groups behind every interval and difference, the same permutations behind every p-value."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float, Int
 from sklearn.metrics import roc_auc_score
 
@@ -122,6 +123,25 @@ class Bootstrap:
             weights=self.weights,
             positives=positives,
         )
+
+
+def over_draws(definition: str, labels: Int[np.ndarray, " N"], draws: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return the mean AUROC of a control over its draws, with a t-interval, and a one-sided t-test against 0.5.
+
+    Args:
+        draws: each one's out-of-fold scores.
+    """
+    aurocs = np.array([roc_auc_score(labels, scores) for scores in draws])
+    test = scipy.stats.ttest_1samp(aurocs, 0.5, alternative="greater")
+    half = scipy.stats.t.ppf(0.975, len(aurocs) - 1) * scipy.stats.sem(aurocs)
+    return {
+        "auroc": float(aurocs.mean()),
+        "ci_low": float(aurocs.mean() - half),
+        "ci_high": float(aurocs.mean() + half),
+        "p_value": float(test.pvalue),
+        "auroc_by_draw": aurocs.tolist(),
+        "definition": definition,
+    }
 
 
 def compare(

@@ -66,7 +66,11 @@ def _detection(results: Results) -> Iterator[dict[str, Any]]:
 
 def _controls(results: Results) -> Iterator[dict[str, Any]]:
     permutation = results.controls["within_group_permutation"]
-    for name, row in (("noise_canary", results.canary), ("within_group_permutation", permutation)):
+    rows = (
+        ("noise_canary", results.canary, "one-sided t-test of its draws against 0.5"),
+        ("within_group_permutation", permutation, MEASURES["p_value"]),
+    )
+    for name, row, test in rows:
         yield {
             "table": "controls",
             "detector": name,
@@ -75,13 +79,12 @@ def _controls(results: Results) -> Iterator[dict[str, Any]]:
             **_interval(row),
             "definition": row["definition"],
         }
-        words = f"{row['definition']}: {MEASURES['p_value']}"
         yield {
             "table": "controls",
             "detector": name,
             "measure": "p_value",
             "value": row["p_value"],
-            "definition": words,
+            "definition": f"{row['definition']}: {test}",
         }
     overlap = results.controls["text_overlap"]
     for measure in ("texts", "rows"):
