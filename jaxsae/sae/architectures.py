@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxsae.artifacts import InputError
 from jaxsae.config import SaeConfig
-from jaxsae.sae.autoencoder import AnyArray, SaeParams, dot, unit_rows
+from jaxsae.sae.autoencoder import AnyArray, SaeParams, dot, row_lengths, unit_rows, with_unit_rows
 from jaxsae.sae.losses import (
     Moment,
     Seen,
@@ -93,7 +93,8 @@ class Architecture:
         sparse_from: F / k from which products by codes take less time on a CPU than dense ones, measured at D 768 (2
             cores, `tests/bench/crossover.py`).
         codes: (pre [B F], moment) -> what `loss` keeps as codes, the batch's threshold (or None), and whether the codes
-            hold all of it, the same on every shard (None: always); unset where the loss is dense.
+            hold all of it, the same on every shard (None: always); unset where the loss is dense. An architecture that
+            has it has free rows.
     """
 
     loss: Callable[[SaeParams, Float[Array, "B D"], Moment], Loss]
@@ -150,19 +151,27 @@ def sparsity_weight(feats: Float[Array, "B F"], moment: Moment) -> Float[Array, 
 
 
 def gradients(name: str, params: SaeParams, acts: Float[Array, "B D"], moment: Moment) -> tuple[Loss, SaeParams]:
-    """Return ((share of the loss, what it saw), its gradients), by codes where asked for, possible, and exact."""
+    """Return ((share of the loss, what it saw), its gradients), by codes where asked for, possible, and exact.
+
+    Args:
+        params: as the optimizer has them, decoder rows of any length where the architecture has free rows.
+    """
     arch = architecture(name)
 
     def dense() -> tuple[Loss, SaeParams]:
-        return jax.value_and_grad(arch.loss, has_aux=True)(params, acts, moment)
+        def loss(params: SaeParams) -> Loss:
+            return arch.loss(with_unit_rows(params) if arch.has_free_rows else params, acts, moment)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
 
     if arch.codes is None or not moment.is_sparse:
         return dense()
+    lengths = lax.stop_gradient(row_lengths(params.W_dec))
     pre = encoder(params, acts, centres_input=True, dtype=moment.dtype)
-    codes, threshold, fits = arch.codes(pre, moment)
+    codes, threshold, fits = arch.codes(pre * lengths, moment)
 
     def sparse() -> tuple[Loss, SaeParams]:
-        return jax.value_and_grad(sparse_loss, has_aux=True)(params, acts, codes, moment, threshold)
+        return jax.value_and_grad(sparse_loss, has_aux=True)(params, acts, codes, lengths, moment, threshold)
 
     return sparse() if fits is None else lax.cond(fits, sparse, dense)
 

@@ -61,7 +61,12 @@ def decode(
 
 def unit_rows(rows: Float[Array, "*L F D"]) -> Float[Array, "*L F D"]:
     """Return the rows divided by their norms."""
-    return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / row_lengths(rows)[..., None]
+
+
+def row_lengths(rows: Float[Array, "*L F D"]) -> Float[Array, "*L F"]:
+    """Return the rows' norms."""
+    return jnp.linalg.norm(rows, axis=-1)
 
 
 def with_unit_rows(params: SaeParams) -> SaeParams:
@@ -69,10 +74,13 @@ def with_unit_rows(params: SaeParams) -> SaeParams:
 
     A latent that is active adds the same to the reconstruction, and latents are ranked by what they add.
     """
-    norms = jnp.linalg.norm(params.W_dec, axis=-1)
+    lengths = row_lengths(params.W_dec)
+    # The maximum changes nothing. Without it XLA may round product and sum together where the bias is added, in one
+    # program, or one place of it, and not in another: latents at the threshold are then kept here and not there.
+    b_enc = jnp.maximum(params.b_enc * lengths, jnp.finfo(jnp.float32).min)
     return dataclasses.replace(
         params,
-        W_enc=params.W_enc * norms[..., None, :],
-        b_enc=params.b_enc * norms,
-        W_dec=params.W_dec / norms[..., None],
+        W_enc=params.W_enc * lengths[..., None, :],
+        b_enc=b_enc,
+        W_dec=params.W_dec / lengths[..., None],
     )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxsae.config import SaeConfig
 from jaxsae.sae import sparse
-from jaxsae.sae.autoencoder import SaeParams, decode, dot, pre_activations
+from jaxsae.sae.autoencoder import SaeParams, decode, dot, pre_activations, with_unit_rows
 from jaxsae.sae.selection import Codes, rank_in_row
 
 _BAR_WEIGHT = 0.3  # of what a dead latent lacks to be kept, beside what dead latents leave unexplained
@@ -168,13 +168,24 @@ def sparse_loss(
     params: SaeParams,
     acts: Float[Array, "B D"],
     codes: Codes,
+    lengths: Float[Array, " F"],
     moment: Moment,
     threshold: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Seen]:
-    """Return what `dense_loss` returns, by codes; they come from an encoder that reads activations - b_dec."""
+    """Return what `dense_loss` returns of the SAE with unit decoder rows that is the same, by codes.
+
+    What a latent adds to the reconstruction does not depend on the length of its row: only its value in the codes does,
+    by which it was ranked.
+
+    Args:
+        params: decoder rows of any length; their gradients are of these.
+        codes: of the SAE with unit rows; they come from an encoder that reads activations - b_dec.
+        lengths: of the rows.
+    """
+    own = dataclasses.replace(codes, values=codes.values / lengths.at[codes.ids].get(mode="promise_in_bounds"))
     encoding = dataclasses.replace(params, b_dec=moment.on_latents(params.b_dec))
-    values = sparse.attach(encoding, acts - lax.stop_gradient(params.b_dec), codes)
-    recon = sparse.decode(params.W_dec, values, codes, moment.on_latents(acts))
+    values = sparse.attach(encoding, acts - lax.stop_gradient(params.b_dec), own)
+    recon = sparse.decode(params.W_dec, values, own, moment.on_latents(acts))
     is_active = (codes.values > 0).astype(jnp.float32)
     fired = jnp.zeros_like(params.b_enc).at[codes.ids].add(is_active, mode="promise_in_bounds")
     if codes.crowded is not None:
@@ -205,6 +216,7 @@ def aux_loss(
     *,
     few: bool,
     bar: Float[Array, "*B"] | None = None,
+    has_free_rows: bool = False,
 ) -> Float[Array, ""]:
     """Return how badly the dead latents alone explain what the living ones left over, plus how far they are from life.
 
@@ -223,16 +235,14 @@ def aux_loss(
         error: the leftover.
         few: at most D/2 latents are dead, so that all of them take part: only their weights are read.
         bar: what a row's pre-activation has to exceed; None leaves the second part out.
+        has_free_rows: the loss is of the SAE with unit decoder rows that is the same as `params`.
     """
     n_revived = error.shape[-1] // 2
-    if few:
-        is_dead, weights = _of_dead(params, moment.is_dead, n_revived)
-        pre = encoder(weights, acts, centres_input=True, dtype=moment.dtype)
-        feats = jnp.where(is_dead, pre, 0.0)
-    else:
-        is_dead, weights = moment.is_dead, params
-        pre = encoder(params, acts, centres_input=True, dtype=moment.dtype)
-        feats = revive(pre, is_dead, n_revived, moment.latent_axis)
+    is_dead, weights = _of_dead(params, moment.is_dead, n_revived) if few else (moment.is_dead, params)
+    if has_free_rows:
+        weights = with_unit_rows(weights)
+    pre = encoder(weights, acts, centres_input=True, dtype=moment.dtype)
+    feats = jnp.where(is_dead, pre, 0.0) if few else revive(pre, is_dead, n_revived, moment.latent_axis)
     energy = moment.total(jnp.sum(error**2))
     unexplained = jnp.sum((error - moment.all_latents(dot(feats, weights.W_dec, moment.dtype))) ** 2)
     loss = unexplained / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny)

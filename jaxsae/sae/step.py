@@ -401,13 +401,9 @@ def _gradients(
     def one_layer(layer: tuple) -> tuple[SaeParams, Seen]:
         params, acts, variance, is_dead = layer
         moment = at(variance, is_dead, step / recipe.total_steps)
-        if arch.has_free_rows:
-            params, of_free_rows = jax.vjp(with_unit_rows, params)
         (_, seen), grads = gradients(recipe.sae.architecture, params, acts, moment)
         if arch.revives_dead and recipe.sae.aux_coefficient > 0:
-            grads, seen = _with_aux(grads, seen, params, acts, moment)
-        if arch.has_free_rows:
-            (grads,) = of_free_rows(grads)
+            grads, seen = _with_aux(grads, seen, params, acts, moment, has_free_rows=arch.has_free_rows)
         return grads, dataclasses.replace(seen, error=None, bar=None)
 
     together = _layers_at_once(acts, params.b_enc.shape[-1])
@@ -416,14 +412,22 @@ def _gradients(
 
 
 def _with_aux(
-    grads: SaeParams, seen: Seen, params: SaeParams, acts: Float[Array, "B D"], moment: Moment
+    grads: SaeParams,
+    seen: Seen,
+    params: SaeParams,
+    acts: Float[Array, "B D"],
+    moment: Moment,
+    *,
+    has_free_rows: bool,
 ) -> tuple[SaeParams, Seen]:
     """Add the dead latents' loss; it costs nothing while none is dead, and little while few are."""
     weight = moment.config.aux_coefficient
 
     def added(few: bool) -> tuple[SaeParams, Float[Array, ""]]:
         def loss(params: SaeParams) -> Float[Array, ""]:
-            return weight * aux_loss(params, acts, seen.error, moment, few=few, bar=seen.bar)
+            return weight * aux_loss(
+                params, acts, seen.error, moment, few=few, bar=seen.bar, has_free_rows=has_free_rows
+            )
 
         aux, aux_grads = jax.value_and_grad(loss)(params)
         return jax.tree.map(jnp.add, grads, aux_grads), seen.counts.loss + aux
