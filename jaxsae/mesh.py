@@ -88,6 +88,16 @@ def make_mesh(n_layers: int, *, layer: int | None = None, data: int = 1, latent:
     return Mesh(devices, (LAYER, DATA, LATENT), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
+def data_axis(mesh: Mesh) -> str | None:
+    """Return the mesh axis along which a batch's rows are spread, None where every device has all of them."""
+    return DATA if mesh.shape[DATA] > 1 else None
+
+
+def acts_spec(mesh: Mesh) -> P:
+    """Return the PartitionSpec of a batch [L, B, D]."""
+    return P(LAYER, data_axis(mesh))
+
+
 def latent_axis(mesh: Mesh) -> str | None:
     """Return the mesh axis along which latents are spread, None where each SAE is whole on its device."""
     return LATENT if mesh.shape[LATENT] > 1 else None

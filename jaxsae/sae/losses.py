@@ -184,8 +184,9 @@ def sparse_loss(
     """
     own = dataclasses.replace(codes, values=codes.values / lengths.at[codes.ids].get(mode="promise_in_bounds"))
     encoding = dataclasses.replace(params, b_dec=moment.on_latents(params.b_dec))
-    values = sparse.attach(encoding, acts - lax.stop_gradient(params.b_dec), own)
-    recon = sparse.decode(params.W_dec, values, own, moment.on_latents(acts))
+    order = sparse.by_latent(own, len(params.b_enc))
+    values = sparse.attach(encoding, acts - lax.stop_gradient(params.b_dec), own, order)
+    recon = sparse.decode(params.W_dec, values, own, order, moment.on_latents(acts))
     is_active = (codes.values > 0).astype(jnp.float32)
     fired = jnp.zeros_like(params.b_enc).at[codes.ids].add(is_active, mode="promise_in_bounds")
     if codes.crowded is not None:

@@ -290,7 +290,7 @@ def make_step(recipe: Recipe, mesh: Mesh) -> Callable:
         return jax.shard_map(
             local_step,
             mesh=mesh,
-            in_specs=(specs, meshes.BY_LAYER_AND_DATA, meshes.REPLICATED),
+            in_specs=(specs, meshes.acts_spec(mesh), meshes.REPLICATED),
             out_specs=(specs, meshes.BY_LAYER),
         )(state, acts, step)
 
@@ -326,7 +326,7 @@ def make_steps(recipe: Recipe, mesh: Mesh, n: int) -> Callable:
         return jax.shard_map(
             local_steps,
             mesh=mesh,
-            in_specs=(specs, meshes.BY_LAYER_AND_DATA, meshes.REPLICATED, meshes.REPLICATED),
+            in_specs=(specs, meshes.acts_spec(mesh), meshes.REPLICATED, meshes.REPLICATED),
             out_specs=(specs, meshes.BY_STEP_AND_LAYER),
         )(state, batches, step, count)
 
@@ -337,7 +337,8 @@ def _local_step(recipe: Recipe, mesh: Mesh) -> Callable:
     """Return (state, acts, step) -> (state, metrics) of one shard of the mesh."""
     latent_axis = meshes.latent_axis(mesh)
     optimizer = make_optimizer(recipe, latent_axis)
-    return functools.partial(train_step, recipe=recipe, optimizer=optimizer, axis=meshes.DATA, latent_axis=latent_axis)
+    axis = meshes.data_axis(mesh)
+    return functools.partial(train_step, recipe=recipe, optimizer=optimizer, axis=axis, latent_axis=latent_axis)
 
 
 def train_step(

@@ -465,7 +465,11 @@ def test_track__memory_does_not_grow_with_the_samples(association, monkeypatch):
     shape = {"n_layers": 3, "n_slots": 16, "n_latents": 40, "d_model": 512}
     links = tracking.link_by_weights(make_features(1, n_samples=1, **shape)[2], 4)
     config, peaks = tracking.TrackerConfig(association=association), []
-    for n_samples in (200, 400, 1200):  # the first time the type checker of the tests takes memory, and some with each call
+    for n_samples in (
+        200,
+        400,
+        1200,
+    ):  # the first time the type checker of the tests takes memory, and some with each call
         features = make_features(1, n_samples=n_samples, **shape)
         tracemalloc.start()
         tracks = tracking.track(*features, config, links=links)
