@@ -124,7 +124,7 @@ def keep_batch_topk(
     Args:
         n_row: the largest entries of each row that are searched first; see `kth_largest`.
         by_row: keep the k largest positive entries of each row instead, and those equal to the k-th; the value that is
-            returned stays the batch's.
+            returned then is the batch's among each row's `n_row` largest.
 
     Source: Bussmann et al. 2024, arXiv:2412.06410.
     """
@@ -132,7 +132,7 @@ def keep_batch_topk(
     searched = lax.stop_gradient(positive)
     largest = lax.top_k(searched, min(n_row, pre.shape[-1]))[0]
     axes = _axes(axis, latent_axis)
-    threshold = lax.stop_gradient(kth_largest(searched, n_kept(pre, k, axis), largest, axes))
+    threshold = lax.stop_gradient(kth_largest(searched, n_kept(pre, k, axis), largest, axes, of_largest=by_row))
     bar = threshold if by_row is None else jnp.where(by_row, _kth_of_row(largest, k, latent_axis), threshold)
     return jnp.where(positive >= bar, positive, 0.0), threshold
 
@@ -141,13 +141,13 @@ def _kth_of_row(
     largest: Float[Array, "B K"], k: int | Float[Array, ""], latent_axis: str | None
 ) -> Float[Array, "B 1"]:
     """Return the k-th of each row's largest entries, of all shards of latents."""
-    if isinstance(k, int):
-        largest = largest[:, :k]
+    # A slice of the top-k itself would make XLA join the two and sort the rows; the slice of its bits does not.
+    bits = _bits(largest)[:, :k] if isinstance(k, int) else _bits(largest)
     if latent_axis is not None:
-        every = lax.all_gather(largest, latent_axis, axis=1, tiled=True)
-        largest = lax.top_k(every, largest.shape[-1])[0]
-    place = jnp.clip(jnp.round(k).astype(jnp.int32), 1, largest.shape[-1]) - 1
-    return lax.dynamic_slice_in_dim(largest, place, 1, axis=1)
+        every = lax.all_gather(lax.bitcast_convert_type(bits, jnp.float32), latent_axis, axis=1, tiled=True)
+        bits = _bits(lax.top_k(every, bits.shape[-1])[0])
+    place = jnp.clip(jnp.round(k).astype(jnp.int32), 1, bits.shape[-1]) - 1
+    return lax.bitcast_convert_type(lax.dynamic_slice_in_dim(bits, place, 1, axis=1), jnp.float32)
 
 
 def n_kept(pre: Float[Array, "B F"], k: int | Float[Array, ""], axis: str | None) -> int | Int[Array, ""]:
@@ -165,8 +165,8 @@ def batch_topk_codes(
     *,
     by_row: Bool[Array, ""] | None = None,
 ) -> tuple[Codes, Float[Array, ""], Bool[Array, ""]]:
-    """Return what `keep_batch_topk` keeps as codes, the smallest value kept of the batch, and whether the codes hold
-    all of it, on every shard. By row exactly k entries are kept, of equal ones the lowest latents.
+    """Return what `keep_batch_topk` keeps as codes, the value that it returns, and whether the codes hold all of it, on
+    every shard. By row exactly k entries are kept, of equal ones the lowest latents.
 
     There are slots for one entry a row more than k, for ties, and on one of several shards of rows for a quarter more,
     since the batch's entries need not be spread evenly; on one of several shards of latents, for twice its part. Rows
@@ -181,12 +181,12 @@ def batch_topk_codes(
     top, low = _search_largest(largest, n, axes)
     of_rows = largest
     # The n-th largest of these is no larger than that of all: a row whose last is smaller has all its kept among them.
-    # A slice of the top-k itself would make XLA join the two and sort the rows; the slice of its bits does not.
     is_crowded = (_bits(largest)[:, -1] >= jnp.maximum(low, 1)) & (largest.shape[-1] < n_latents)
     crowded = jnp.nonzero(is_crowded, size=-(-n_rows // 32), fill_value=n_rows)[0].astype(jnp.int32)
     whole_rows = positive.at[crowded].get(mode="fill", fill_value=0.0)
     largest = jnp.where(is_crowded[:, None], 0.0, largest)
-    high = jnp.where(_max(is_crowded.any().astype(jnp.int32), axes) > 0, top + 1, low + 1)
+    is_open = is_crowded.any() if by_row is None else is_crowded.any() & ~by_row
+    high = jnp.where(_max(is_open.astype(jnp.int32), axes) > 0, top + 1, low + 1)
     bits = _search((_bits(largest), _bits(whole_rows)), n, low, high, axes)
     threshold = lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -205,7 +205,7 @@ def batch_topk_codes(
         own = jnp.where(is_there & is_kept[own_rows, own_places], of_rows[own_rows, own_places], 0.0)
         rows, places = jnp.where(by_row, own_rows, rows), jnp.where(by_row, own_places, places)
         values, kept = jnp.where(by_row, own, values), kept & ~by_row
-        overflows |= by_row & (is_kept.sum(axis=-1) > n_slots).any()
+        overflows = jnp.where(by_row, (is_kept.sum(axis=-1) > n_slots).any(), overflows)
     codes = Codes(
         ids=ids[rows, places].reshape(n_rows, n_slots),
         values=values.reshape(n_rows, n_slots),
@@ -224,17 +224,27 @@ def _is_of_row(
 
 
 def kth_largest(
-    values: Float[Array, "B F"], n: int | Int[Array, ""], largest: Float[Array, "B K"], axes: _Axes
+    values: Float[Array, "B F"],
+    n: int | Int[Array, ""],
+    largest: Float[Array, "B K"],
+    axes: _Axes,
+    *,
+    of_largest: Bool[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Return the n-th largest of non-negative values over all shards, exactly, without sorting them.
 
     The bit patterns of non-negative floats are ordered like the floats, so searching 31 bits by counting finds the
     value. Each row's `largest` are searched first; every value is searched, from there on, only when some row may have
     more of the n largest than those.
+
+    Args:
+        of_largest: look no further than at the rows' `largest`.
     """
     top, low = _search_largest(largest, n, axes)
-    row_is_full = (_bits(largest)[:, -1] >= low).any() & (largest.shape[-1] < values.shape[-1])
-    high = jnp.where(_max(row_is_full.astype(jnp.int32), axes) > 0, top + 1, low + 1)
+    is_open = (_bits(largest)[:, -1] >= low).any() & (largest.shape[-1] < values.shape[-1])
+    if of_largest is not None:
+        is_open &= ~of_largest
+    high = jnp.where(_max(is_open.astype(jnp.int32), axes) > 0, top + 1, low + 1)
     return lax.bitcast_convert_type(_search((_bits(values),), n, low, high, axes), jnp.float32)
 
 

@@ -67,9 +67,16 @@ class Recipe:
 
     @property
     def settled_step(self) -> int:
-        """Return the step from which on k, or the weight of the sparsity penalty, stays as it is."""
+        """Return the step from which on k, how it is kept, or the weight of the sparsity penalty stays as it is."""
         is_annealed = self.sae.k_start is not None or not architecture(self.sae.architecture).imposes_k
-        return math.ceil(setting(self.sae, "anneal") * self.total_steps) if is_annealed else 0
+        annealed = math.ceil(setting(self.sae, "anneal") * self.total_steps) if is_annealed else 0
+        return max(annealed, self.steps_by_row)
+
+    @property
+    def steps_by_row(self) -> int:
+        """Return the steps at the start in which k is each row's instead of the batch's."""
+        is_of_batch = architecture(self.sae.architecture).estimates_threshold
+        return math.ceil(self.sae.by_row * self.total_steps) if is_of_batch else 0
 
     @property
     def is_folded(self) -> bool:
@@ -134,7 +141,7 @@ class TrainState:
 
     Attributes:
         since_fired: [L F], training tokens since each latent was last active.
-        threshold_sum: [L], BatchTopK's exponential average, before its bias correction.
+        threshold_sum: [L], BatchTopK's exponential average, from where k is the batch's, before its bias correction.
         scale: [L], what a row is multiplied with before the SAE sees it.
         mean, variance: [L D] and [L], of the scaled rows; the variance is the mean squared distance from the mean.
         best: weights at each layer's lowest held-out FVU, with `best_fvu`, `best_step` and `best_dead` [L] there.
@@ -377,7 +384,8 @@ def train_step(
     }
     new_state = dataclasses.replace(state, params=params, opt_state=opt_state, since_fired=since_fired)
     if arch.estimates_threshold:
-        average = THRESHOLD_DECAY * state.threshold_sum + (1 - THRESHOLD_DECAY) * seen.threshold
+        decay = jnp.where(step > recipe.steps_by_row, THRESHOLD_DECAY, 0.0)  # before it, the batch's own stands for it
+        average = decay * state.threshold_sum + (1 - THRESHOLD_DECAY) * seen.threshold
         new_state = dataclasses.replace(new_state, threshold_sum=average)
     return new_state, metrics
 
@@ -454,7 +462,7 @@ def weights_of(state: TrainState, recipe: Recipe, step: int) -> dict[str, Array]
     Schedule-free, the weights are the average that the run is after. Free decoder rows are unit in them.
     """
     arch = architecture(recipe.sae.architecture)
-    estimated = state.threshold_sum / max(1 - THRESHOLD_DECAY**step, 1e-12)
+    estimated = state.threshold_sum / (1 - THRESHOLD_DECAY ** max(1, step - recipe.steps_by_row))
     params = state.params
     if recipe.train.schedule == "schedule_free":
         params = jax.vmap(optax.contrib.schedule_free_eval_params)(state.opt_state, params)

@@ -138,6 +138,8 @@ def test_settled_step__is_where_k_or_the_penalty_stops_changing():
         return make_recipe(sae, train, n_layers=L, d_model=D, batches_per_epoch=10).settled_step
 
     assert [settled("topk"), settled("topk", k_start=5), settled("jumprelu_l1")] == [0, 6, 0]
+    assert [settled("batchtopk"), settled("batchtopk", by_row=0.0)] == [17, 0]
+    assert [settled("matryoshka", k_start=5, anneal=0.5), settled("topk", by_row=0.5)] == [28, 0]
     assert [settled("jumprelu"), settled("jumprelu_tanh"), settled("relu", anneal=0.5)] == [6, 55, 28]
 
 

@@ -594,9 +594,9 @@ def test_recipe__refuses_what_cannot_be_trained(changes, batches_per_epoch, mess
 
 
 def test_weights_of__batchtopk__averages_thresholds_without_bias():
-    recipe = make("batchtopk")
+    recipe = make("batchtopk", by_row=0.0)
     thresholds = []
-    for step, (state, _) in enumerate(run("batchtopk", 1, 1)[1], start=1):
+    for step, (state, _) in enumerate(take_steps(recipe, STEPS), start=1):
         previous = thresholds[-1][1] if thresholds else np.zeros(L)
         thresholds.append(((state.threshold_sum - 0.999 * previous) / 0.001, state.threshold_sum))
         found = np.asarray(weights_of(jax.tree.map(jnp.asarray, state), recipe, step)["threshold"])
@@ -604,6 +604,22 @@ def test_weights_of__batchtopk__averages_thresholds_without_bias():
         average = sum(d * batch for d, (batch, _) in zip(decays, thresholds, strict=True)) / decays.sum()
         np.testing.assert_allclose(found, np.broadcast_to(average[:, None], (L, F)), rtol=1e-3)
     assert (thresholds[0][0] > 0).all()
+
+
+def test_weights_of__batchtopk__averages_thresholds_from_where_k_is_the_batch_s():
+    """Before that the last batch's stands for it; the first of the batches with k of their own starts afresh."""
+    recipe = make("batchtopk", by_row=0.03)
+    assert (recipe.steps_by_row, recipe.settled_step) == (3, 3)
+    own, total = [], np.zeros(L)
+    for step, (state, _) in enumerate(take_steps(recipe, STEPS), start=1):
+        own.append((state.threshold_sum - (0.999 if step > 4 else 0.0) * total) / 0.001)
+        total = state.threshold_sum
+        found = np.asarray(weights_of(jax.tree.map(jnp.asarray, state), recipe, step)["threshold"])
+        counted = own[3:] or own[-1:]
+        decays = 0.999 ** np.arange(len(counted))[::-1]
+        average = sum(d * batch for d, batch in zip(decays, counted, strict=True)) / decays.sum()
+        np.testing.assert_allclose(found, np.broadcast_to(average[:, None], (L, F)), rtol=1e-3)
+    assert STEPS >= 6
 
 
 def test_weights_of__jumprelu__has_the_configured_threshold__topk_none():
