@@ -487,7 +487,7 @@ def _fold_fixed(params: SaeParams, estimated: Float[Array, ""], config: SaeConfi
 
 ARCHITECTURES = {
     "topk": Architecture(
-        topk_loss, _encode_topk, codes=_topk_codes, sparse_from=40.0, imposes_k=True, defaults={"anneal": 0.1}
+        topk_loss, _encode_topk, codes=_topk_codes, sparse_from=24.0, imposes_k=True, defaults={"anneal": 0.1}
     ),
     "batchtopk": Architecture(
         batch_topk_loss,
@@ -495,7 +495,7 @@ ARCHITECTURES = {
         fold=_fold_estimated,
         estimates_threshold=True,
         codes=_batch_topk_codes,
-        sparse_from=80.0,
+        sparse_from=32.0,
         imposes_k=True,
         defaults={"anneal": 0.1},
     ),

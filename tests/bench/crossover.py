@@ -21,7 +21,7 @@ from jaxsae.sae import step as steps
 from jaxsae.sae.architectures import ARCHITECTURES
 
 BATCH, D, K = 2048, 768, 32
-WIDTHS = (1024, 2048, 3072, 6144)
+WIDTHS = (512, 1024, 2048, 3072, 6144)
 N_BEFORE = 20
 
 
