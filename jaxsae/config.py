@@ -226,6 +226,11 @@ class DetectionConfig:
 
     folds: int = _field(5, "folds of the grouped cross-validation")
     repeats: int = _field(3, "times it is repeated with another split")
+    split_by: str = _field(
+        "question",
+        "what no split divides and intervals resample: question (one with all its answers) or category (of questions, so "
+        "that every detector is judged on kinds of questions that it has not seen)",
+    )
     bootstrap: int = _field(2000, "resamples of groups behind every interval, permutations behind every p-value")
     families: tuple[str, ...] = _field(
         ("metrics", "prompt", "profiles", "concepts", "late_births"),
@@ -381,6 +386,7 @@ _CHOICES = {
     "questions.refusals": ("drop", "wrong"),
     "tracking.association": ("hungarian", "greedy", "links", "feature_id", "none"),
     "tracking.gate": ("before", "after"),
+    "detection.split_by": ("question", "category"),
     "detection.threshold": ("youden", "f1", "accuracy"),
     "sweep.metric": ("auroc", "accuracy", "f1"),
     "tracking.null": ("none", "random_pairs", "matched_activation"),

@@ -30,7 +30,7 @@ def run(config: RunConfig, context: Context) -> None:
     """
     started = time.monotonic()
     workdir = context.workdir
-    tables = read_tables(workdir)
+    tables = read_tables(workdir, split_by=config.detection.split_by)
     protocol = protocol_of(config, families=_families(config, tables))
     if config.detection.curves:
         protocol = dataclasses.replace(protocol, curves=tuple(name for name in CURVES if name in protocol.judged))
@@ -52,7 +52,7 @@ def run(config: RunConfig, context: Context) -> None:
 
 def protocol_of(config: RunConfig, **others: Any) -> detection.ProtocolConfig:
     """Return how detectors are fitted and judged by a run's settings; `others` are fields that no setting is behind."""
-    names = [field.name for field in dataclasses.fields(config.detection) if field.name != "curves"]
+    names = [field.name for field in dataclasses.fields(config.detection) if field.name not in ("curves", "split_by")]
     chosen = {name: getattr(config.detection, name) for name in names}
     return detection.ProtocolConfig(seed=config.seed, **chosen | others)
 
@@ -65,11 +65,11 @@ def _families(config: RunConfig, tables: detection.Tables) -> tuple[str, ...]:
     return families
 
 
-def read_tables(workdir: Path) -> detection.Tables:
-    """Return a run's answers as rows for the detectors.
+def read_tables(workdir: Path, *, split_by: str = "question") -> detection.Tables:
+    """Return a run's answers as rows for the detectors, in groups as `detection.split_by` says.
 
     Raises:
-        InputError: a file is missing or damaged, or they do not belong together.
+        InputError: a file is missing or damaged, they do not belong together, or an answer has no category.
     """
     answers = artifacts.read_answers(workdir / "answers.jsonl")
     features = artifacts.read_features(workdir / "features.npz")
@@ -79,7 +79,7 @@ def read_tables(workdir: Path) -> detection.Tables:
         raise InputError(f"{workdir}/tracks.npz and features.npz are of different answers; run jaxsae track")
     if "control_names" not in tracks or "control_metrics" not in tracks:
         raise InputError(f"{path} has no controls, as an older version wrote it; run jaxsae track --redo")
-    return make_tables(features, answers, tracks, read_families(tracks, path))
+    return make_tables(features, answers, tracks, read_families(tracks, path), split_by=split_by)
 
 
 def make_tables(
@@ -87,8 +87,19 @@ def make_tables(
     answers: list[artifacts.Answer],
     tracks: dict[str, np.ndarray],
     families: Mapping[str, detection.Family],
+    *,
+    split_by: str,
 ) -> detection.Tables:
-    """Return answers, their features and what `tracks.npz` holds as rows for the detectors."""
+    """Return answers, their features and what `tracks.npz` holds as rows for the detectors.
+
+    Raises:
+        InputError: they are to be split by category, and one has none.
+    """
+    if split_by == "category":
+        without = next((answer.id for answer in answers if not answer.category), None)
+        if without is not None:
+            raise InputError(f"answer {without} has no category; set detection.split_by=question")
+        answers = [dataclasses.replace(answer, group=answer.category) for answer in answers]
     controls = dict(zip(tracks["control_names"].tolist(), tracks["control_metrics"], strict=True))
     names = tracks["metric_names"].tolist()
     return detection.build_tables(

@@ -179,7 +179,8 @@ def _make(sweep: Sweep, trials: list[Trial], command_line: str) -> dict[str, Any
     """Try, judge and write; return the content of results.json."""
     started = time.monotonic()
     bench = Bench.load(sweep)
-    tables = make_tables(bench.features, bench.answers, _no_tracks(bench.features), {})
+    split_by = sweep.config.detection.split_by
+    tables = make_tables(bench.features, bench.answers, _no_tracks(bench.features), {}, split_by=split_by)
     check_rows(tables, sweep.protocol)
     folds = make_folds(tables, sweep.protocol)
     rows = Rows(tables.labels, tables.group_index, folds)

@@ -16,7 +16,13 @@ from jaxsae.artifacts import InputError, fingerprint
 from jaxsae.config import RunConfig, SweepAxis, SweepRange, SweepSetting
 
 SWEPT = ("tracking.", "detection.")
-SHARED = ("detection.folds", "detection.repeats", "detection.bootstrap", "detection.curves")  # the same for all trials
+SHARED = (
+    "detection.folds",
+    "detection.repeats",
+    "detection.split_by",
+    "detection.bootstrap",
+    "detection.curves",
+)  # the same for all trials
 DIGITS = 4  # of the numbers that a search proposes: they can be read, and tried again
 START_TRIALS = 10  # drawn at random before a search goes by what it found; Optuna's default
 

@@ -60,7 +60,8 @@ class Bench:
                 self.tracked = key, self._follow(trial, controls, has_families=has_families)
             arrays = self.tracked[1]
             families = read_families(arrays, f"setting {trial.name}") if has_families else {}
-            tables = make_tables(self.features, self.answers, arrays, families)
+            split_by = self.sweep.config.detection.split_by
+            tables = make_tables(self.features, self.answers, arrays, families, split_by=split_by)
             if self.folds is None:
                 self.folds = make_folds(tables, protocol)
             self.sweep.write_point(trial, fit_point(tables, protocol, folds=self.folds, known=self.known))

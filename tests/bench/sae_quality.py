@@ -50,6 +50,7 @@ DEAD_ROWS = 65_536  # a latent that fires on none of so many training rows and t
 DEFAULTS, BEST_LR = "defaults", "best lr"
 
 Train = Callable[[peers.Task], list[Weights]]
+Done = dict[tuple[str, int], float | None]  # learning rate by way and seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,39 +191,44 @@ def make_task(rows: Rows, given: argparse.Namespace, architecture: str, seed: in
     return peers.Task(rows.train, order, architecture, given.n_latents, given.k, seed, shared)
 
 
-def compare(rows: Rows, given: argparse.Namespace) -> Iterator[list[Outcome]]:
-    """Train and score everything; yield the layers' outcomes of each run."""
+def compare(rows: Rows, given: argparse.Namespace, kept: list[Outcome]) -> Iterator[list[Outcome]]:
+    """Train and score everything that is not among `kept`; yield the layers' outcomes of each run."""
     for architecture in given.architectures:
         for library, train in contenders(architecture, rows.validation).items():
+            own = [one for one in kept if (one.architecture, one.library) == (architecture, library)]
+            done = {(one.way, one.seed): one.lr for one in own}
             for way, task, saes in itertools.chain(
-                at_defaults(train, rows, given, architecture), at_best_lr(train, rows, given, architecture)
+                at_defaults(train, rows, given, architecture, done), at_best_lr(train, rows, given, architecture, done)
             ):
                 yield list(measure(library, way, task, saes, rows, given))
 
 
 def at_defaults(
-    train: Train, rows: Rows, given: argparse.Namespace, architecture: str
+    train: Train, rows: Rows, given: argparse.Namespace, architecture: str, done: Done
 ) -> Iterator[tuple[str, peers.Task, list[Weights]]]:
-    """Yield each seed's SAEs."""
+    """Yield the SAEs of each seed that is not done."""
     for seed in range(given.seeds):
-        task = make_task(rows, given, architecture, seed, None)
-        yield DEFAULTS, task, train(task)
+        if (DEFAULTS, seed) not in done:
+            task = make_task(rows, given, architecture, seed, None)
+            yield DEFAULTS, task, train(task)
 
 
 def at_best_lr(
-    train: Train, rows: Rows, given: argparse.Namespace, architecture: str
+    train: Train, rows: Rows, given: argparse.Namespace, architecture: str, done: Done
 ) -> Iterator[tuple[str, peers.Task, list[Weights]]]:
-    """Yield each seed's SAEs at the learning rate that is best for the first."""
-    first = {lr: train(make_task(rows, given, architecture, 0, lr)) for lr in given.lrs}
+    """Yield the SAEs of each seed that is not done, at the learning rate that is best for the first."""
+    known = [lr for (way, _), lr in done.items() if way == BEST_LR and lr is not None]
+    first = {} if known else {lr: train(make_task(rows, given, architecture, 0, lr)) for lr in given.lrs}
 
     def validation_loss(lr: float) -> float:
         fvus = [score(one, held_out, given.k).fvu for one, held_out in zip(first[lr], rows.validation, strict=True)]
         return float(np.mean(np.log(fvus)))
 
-    best = min(first, key=validation_loss)
+    best = known[0] if known else min(first, key=validation_loss)
     for seed in range(given.seeds):
-        task = make_task(rows, given, architecture, seed, best)
-        yield BEST_LR, task, train(task) if seed else first[best]
+        if (BEST_LR, seed) not in done:
+            task = make_task(rows, given, architecture, seed, best)
+            yield BEST_LR, task, train(task) if seed else first[best]
 
 
 def measure(
@@ -296,6 +302,15 @@ def write(given: argparse.Namespace, outcomes: list[Outcome], rows: list[Differe
     given.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def read_kept(given: argparse.Namespace) -> list[Outcome]:
+    """Return what OUT holds of the same rows and sizes."""
+    found = json.loads(given.out.read_text())
+    for name in ("layers", "n_latents", "k", "batch", "n_tokens", "lrs"):
+        if found["settings"][name] != vars(given)[name]:
+            raise SystemExit(f"{given.out} is of {name} {found['settings'][name]}, asked for are {vars(given)[name]}")
+    return [Outcome(**one) for one in found["outcomes"]]
+
+
 def versions() -> str:
     return f"jaxsae {__version__}, jax {jax.__version__}, {peers.versions()}"
 
@@ -309,8 +324,8 @@ def main(given: argparse.Namespace) -> None:
         f"{rows.train.shape[1]} different ones, batch {given.batch}; {rows.validation.shape[1]} rows for validation, "
         f"{rows.test.shape[1]} for the test; {versions()}"
     )
-    outcomes: list[Outcome] = []
-    for run in compare(rows, given):
+    outcomes: list[Outcome] = read_kept(given) if given.keep else []
+    for run in compare(rows, given, list(outcomes)):
         outcomes += run
         write(given, outcomes, [])
         one, fvus = run[0], " ".join(f"{each.fvu:.4f}" for each in run)
@@ -334,6 +349,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3, help="at least 2, which an interval needs")
     parser.add_argument("--lrs", type=float, nargs="+", default=list(LRS), help="the shared grid")
     parser.add_argument("--architectures", nargs="+", default=["topk", "batchtopk"])
+    parser.add_argument("--keep", action="store_true", help="go on: runs that OUT holds already are kept")
     given = parser.parse_args()
     if given.seeds < 2:
         parser.error(f"--seeds is {given.seeds}; an interval needs at least 2")
