@@ -228,8 +228,8 @@ class DetectionConfig:
     repeats: int = _field(3, "times it is repeated with another split")
     split_by: str = _field(
         "question",
-        "what no split divides and intervals resample: question (one with all its answers) or category (of questions, so "
-        "that every detector is judged on kinds of questions that it has not seen)",
+        "what no split divides and intervals resample: question (one with its answers) or category (all questions of a "
+        "kind: every detector is judged on kinds that it has not seen)",
     )
     bootstrap: int = _field(2000, "resamples of groups behind every interval, permutations behind every p-value")
     families: tuple[str, ...] = _field(
