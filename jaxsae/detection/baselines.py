@@ -35,9 +35,10 @@ PROBES = tuple(f"probe_{position}" for position in RESID_POSITIONS)
 TEXT_DETECTORS = ("question_tfidf", "answer_tfidf", "question_answer_tfidf")
 NOISE_CANARY = "noise_canary"
 CANARY_DRAWS = 10  # of its noise: one draw alone is off by more than resampled answers tell, and now and then far off
+CANARY_TREES = 30  # so that its draws take no longer than the method's forest
 CANARY_DEFINITION = (
-    "the track forest on Gaussian noise keyed by the text of (question, answer): 0.5 unless texts leak; the mean of "
-    f"{CANARY_DRAWS} draws, with a t-interval over them"
+    f"the track forest, of at most {CANARY_TREES} trees, on Gaussian noise keyed by the text of (question, answer): 0.5 "
+    f"unless texts leak; the mean of {CANARY_DRAWS} draws, with a t-interval over them"
 )
 
 
@@ -94,7 +95,7 @@ def make_baselines(settings: Settings, n_layers: int) -> dict[str, Baseline]:
 def make_canary(settings: Settings, noise: Float[np.ndarray, "N Q"]) -> Baseline:
     """Return the method's reference classifier on one draw of Gaussian noise in place of the track metrics."""
     return dataclasses.replace(
-        make_forest(settings),
+        make_forest(dataclasses.replace(settings, trees=min(settings.trees, CANARY_TREES))),
         name=NOISE_CANARY,
         definition=CANARY_DEFINITION,
         inputs=lambda tables, choice: noise,
