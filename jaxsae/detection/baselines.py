@@ -37,7 +37,7 @@ NOISE_CANARY = "noise_canary"
 CANARY_DRAWS = 10  # of its noise: one draw alone is off by more than resampled answers tell, and now and then far off
 CANARY_TREES = 30  # so that its draws take no longer than the method's forest
 CANARY_DEFINITION = (
-    f"the track forest, of at most {CANARY_TREES} trees, on Gaussian noise keyed by the text of (question, answer): 0.5 "
+    f"the track forest ({CANARY_TREES} trees at most) on Gaussian noise keyed by the text of (question, answer): 0.5 "
     f"unless texts leak; the mean of {CANARY_DRAWS} draws, with a t-interval over them"
 )
 

@@ -186,14 +186,14 @@ def _fit_all(
     whole = {key: fit(*key) for key in itertools.product(names, repeats)}
     on_curves = {key: fit_point(*key) for key in itertools.product(config.curves, points)}
     done = steps.run(noise | whole | on_curves)
-    curved, canaries = ({key: done.pop(key) for key in part} for part in (on_curves, noise))
+    curved, canaries = {key: done.pop(key) for key in on_curves}, [done.pop(key) for key in noise]
     of_permuted = [done.pop(("control permutation", repeat)) for repeat in repeats]
     permutation = _average(baselines["tracks_logistic"].definition, permuted, of_permuted)
     for name in (name for name in STACKS if name in config.judged):
         parts = parts_of(name, config.families)
         for repeat, fold in enumerate(folds):
             done[name, repeat] = nest_stack([done[part, repeat] for part in parts], tables.labels, fold)
-    return done, list(canaries.values()), permutation, curved
+    return done, canaries, permutation, curved
 
 
 def _canary(draw: int, tables: Tables, config: ProtocolConfig) -> Baseline:
