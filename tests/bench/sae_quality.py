@@ -245,7 +245,11 @@ def measure(
 def differences(outcomes: list[Outcome], given: argparse.Namespace) -> Iterator[Difference]:
     """Yield jaxsae beside each peer, in each way."""
     fvus = {(one.architecture, one.library, one.way, one.seed, one.layer): one.fvu for one in outcomes}
-    compared = {(one.architecture, one.way, one.library): None for one in outcomes if one.library != "jaxsae"}
+    compared = {
+        (one.architecture, one.way, one.library): None
+        for one in outcomes
+        if one.library != "jaxsae" and one.architecture in given.architectures
+    }
     for architecture, way, peer in compared:
         ratios = [
             [
