@@ -457,19 +457,30 @@ def test_track__reads_each_decoder_once_and_holds_few(missed, monkeypatch):
     assert reader.most_held == missed + 2
 
 
+def test_track__memory_does_not_grow_with_gathered_vectors(monkeypatch):
+    """A sample more may cost its share of the arrays [N, K] and of the output, not its decoder rows (64 KiB)."""
+    monkeypatch.setattr(tracks_module, "PAIR_BYTES", 2**16)
+    monkeypatch.setattr(cosines_module, "VECTOR_BYTES", 2**18)
+    peaks = []
+    for n_samples in (20, 220):
+        features = make_features(1, n_samples=n_samples, n_layers=3, n_slots=16, n_latents=40, d_model=512)
+        tracemalloc.start()
+        tracking.track(*features, tracking.TrackerConfig())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 200 < 16 * 1024
+
+
 @pytest.mark.parametrize("association", ["hungarian", "greedy", "links"])
 def test_track__memory_does_not_grow_with_the_samples(association, monkeypatch):
-    """Beyond input and output; tracks that go on along links are among the ones looked up."""
+    """Beyond input and output."""
     monkeypatch.setattr(tracks_module, "TOGETHER", 200)
     monkeypatch.setattr(metrics_module, "TOGETHER", 200)
     shape = {"n_layers": 3, "n_slots": 16, "n_latents": 40, "d_model": 512}
     links = tracking.link_by_weights(make_features(1, n_samples=1, **shape)[2], 4)
     config, peaks = tracking.TrackerConfig(association=association), []
-    for n_samples in (
-        200,
-        400,
-        1200,
-    ):  # the first time the type checker of the tests takes memory, and some with each call
+    # The first time the type checker of the tests takes memory, and some with each call.
+    for n_samples in (200, 400, 1200):
         features = make_features(1, n_samples=n_samples, **shape)
         tracemalloc.start()
         tracks = tracking.track(*features, config, links=links)
