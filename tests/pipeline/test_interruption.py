@@ -62,10 +62,21 @@ MOMENTS = (
 )
 
 
+def is_held_by(process, workdir):
+    """Say whether the workdir's lock is this process's, not the one that a killed process left."""
+    try:
+        return json.loads((workdir / ".lock").read_text())["pid"] == process.pid
+    except FileNotFoundError:
+        return False
+
+
 def stop_at(process, moment, workdir):
-    """Send the moment's signal when it has come and return the exit code."""
+    """Send the moment's signal when it has come and return the exit code.
+
+    What the process before left can be all that the moment asks for: the signal waits until this one has begun.
+    """
     deadline = time.monotonic() + PATIENCE
-    while not moment.has_come(workdir):
+    while not (is_held_by(process, workdir) and moment.has_come(workdir)):
         assert process.poll() is None, f"ended with {process.returncode} before {moment.name}"
         assert time.monotonic() < deadline, f"{moment.name} has not come"
         time.sleep(0.002)
