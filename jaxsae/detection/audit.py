@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from jaxsae.artifacts import InputError
 from jaxsae.detection import leaks, statistics
-from jaxsae.detection.baselines import text_noise
+from jaxsae.detection.baselines import CANARY_DRAWS, text_noise
 from jaxsae.detection.leaks import AuditRows
 from jaxsae.detection.nesting import quiet_single_threaded_blas
 
@@ -42,7 +42,8 @@ def audit(rows: AuditRows, *, seed: int = 0, bootstrap: int = 2000, progress: Pr
     check_rows(rows)
     weights = statistics.draw_group_weights(int(rows.group_index.max()) + 1, resamples=bootstrap, seed=seed)
     splits = leaks.make_splits(rows, seed=seed)
-    noise = text_noise(rows.texts, n_columns=leaks.NOISE_COLUMNS, seed=seed)
+    draws = range(seed * CANARY_DRAWS, (seed + 1) * CANARY_DRAWS)
+    noise = [text_noise(rows.texts, n_columns=leaks.NOISE_COLUMNS, seed=draw) for draw in draws]
     clues = leaks.make_clues(rows, seed)
     steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("class prior by question", lambda: leaks.check_question_prior(rows, splits[0], weights)),
@@ -59,7 +60,7 @@ def audit(rows: AuditRows, *, seed: int = 0, bootstrap: int = 2000, progress: Pr
             done.append(step())
             if progress is not None:
                 progress(number, total, name)
-        detectable = leaks.minimum_detectable(rows, noise, weights, seed)
+        detectable = leaks.minimum_detectable(rows, noise[0], weights, seed)
     if progress is not None:
         progress(total, total, "minimum detectable difference")
     return {
@@ -77,6 +78,7 @@ def audit(rows: AuditRows, *, seed: int = 0, bootstrap: int = 2000, progress: Pr
             "rotations": leaks.ROTATIONS,
             "train_share": leaks.TRAIN_SHARE,
             "noise_columns": leaks.NOISE_COLUMNS,
+            "noise_draws": CANARY_DRAWS,
             "trees": leaks.TREES,
         },
     }

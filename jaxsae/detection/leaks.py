@@ -5,7 +5,7 @@ stand on a circle in random order; in each of seven turns 70 % of it trains, a s
 published split keeps for validation, is left out, so that every row is tested once. Split by question, what a clue
 tells is in the rows; split by pair or row, memory of texts and questions that stand on both sides comes on top.
 
-Intervals are 95 %, over resampled groups with the scores held fixed.
+Intervals are 95 %, over resampled groups with the scores held fixed; those of noise are over its draws.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ FOUND, UNCLEAR, NONE, UNMEASURED = FINDINGS = ("found", "unclear", "none", "unme
 MATERIAL_AUROC = 0.55  # less than that over chance is no shortcut worth a warning; ours, by convention
 MATERIAL_SHARE = 0.01  # of the tested texts in training; ours, by convention
 # One-sided level of 1 in 200 a check; of 60 clean files of 320 rows one was accused, by one of its nine scores.
-FOUND_DEVIATIONS = 2.6
+FOUND_DEVIATIONS, FOUND_P = 2.6, 0.005
 # Pairs of rows serve once in each direction, so that a fitted score varies more than resampled groups say (`Results`).
 FITTED_INFLATION = math.sqrt(2)
 NOISE_COLUMNS = 8
@@ -46,7 +46,8 @@ TREES = 30
 POWER, ALPHA = 0.8, 0.05
 FINDING_RULE = (
     f"found: AUROC at least {MATERIAL_AUROC} and above 0.5 by {FOUND_DEVIATIONS} standard errors (of resampled groups, "
-    "times sqrt(2) for scores that are fitted); unclear: not found, but the interval lies above 0.5; none: neither. "
+    f"times sqrt(2) for scores that are fitted; of noise, p at most {FOUND_P} by a t-test over its draws); unclear: "
+    "not found, but the interval lies above 0.5; none: neither. "
     "Of class_prior_by_question alone, an AUROC below 0.5 counts like one above."
 )
 
@@ -254,51 +255,49 @@ def _score_row(
     *,
     is_fitted: bool = True,
     is_two_sided: bool = False,
-    tested: Bool[np.ndarray, " N"] | slice = slice(None),
 ) -> dict[str, Any]:
-    """Return AUROC, interval, standard error and finding of the tested rows' scores."""
-    labels, group = rows.labels[tested], rows.group_index[tested]
-    auroc = float(roc_auc_score(labels, scores[tested]))
-    drawn = statistics.resample_auroc(scores[tested], labels, group=group, weights=weights)[:, 0]
+    """Return AUROC, interval, standard error and finding of the rows' scores."""
+    auroc = float(roc_auc_score(rows.labels, scores))
+    drawn = statistics.resample_auroc(scores, rows.labels, group=rows.group_index, weights=weights)[:, 0]
     error = float(np.nanstd(drawn)) * (FITTED_INFLATION if is_fitted else 1.0)
     row = {
         "name": name,
         "definition": definition,
         "split": split.name,
-        "n": len(labels),
-        "n_groups": len(np.unique(group)),
+        **_count(rows, slice(None)),
         **statistics.with_interval(auroc, drawn, name="auroc"),
         "standard_error": error,
     }
     mirrored = auroc < 0.5 and is_two_sided
     above, low = (0.5 - auroc, 1 - row["ci_high"]) if mirrored else (auroc - 0.5, row["ci_low"])
-    if above >= MATERIAL_AUROC - 0.5 and above > FOUND_DEVIATIONS * error:
-        return row | {"finding": FOUND}
-    return row | {"finding": UNCLEAR if low > 0.5 else NONE}
+    return row | {"finding": _finding(above, low, is_sure=above > FOUND_DEVIATIONS * error)}
+
+
+def _count(rows: AuditRows, tested: Bool[np.ndarray, " N"] | slice) -> dict[str, int]:
+    return {"n": len(rows.labels[tested]), "n_groups": len(np.unique(rows.group_index[tested]))}
+
+
+def _finding(above: float, low: float, *, is_sure: bool) -> str:
+    """Say what an AUROC that is `above` 0.5 by so much, in an interval from `low` on, comes to."""
+    if above >= MATERIAL_AUROC - 0.5 and is_sure:
+        return FOUND
+    return UNCLEAR if low > 0.5 else NONE
 
 
 def judge_split(
     split: Split,
     rows: AuditRows,
-    noise: Float[np.ndarray, "N columns"],
+    noise: Sequence[Float[np.ndarray, "N columns"]],
     weights: Num[np.ndarray, "resamples groups"],
     seed: int,
 ) -> dict[str, Any]:
-    """Count tested texts and questions that also train, and score noise keyed by text."""
+    """Count tested texts and questions that also train, and score draws of noise keyed by text."""
     n = len(rows.labels)
-    scores, tested = np.zeros(n), np.zeros(n, dtype=bool)
-    text_seen, group_seen = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    tested, text_seen, group_seen = (np.zeros(n, dtype=bool) for _ in range(3))
     for train, test in split.rotations:
-        forest = RandomForestClassifier(TREES, random_state=seed, n_jobs=-1).fit(noise[train], rows.labels[train])
-        forest.set_params(n_jobs=1)  # threads would add the trees' votes in any order
-        scores[test] = raw_scores(forest, noise[test])
         text_seen[test] = np.isin(rows.text_index[test], rows.text_index[train])
         group_seen[test] = np.isin(rows.group_index[test], rows.group_index[train])
         tested |= test
-    definition = (
-        f"a random forest of {TREES} trees on {NOISE_COLUMNS} Gaussian numbers drawn for each text of (question, "
-        "answer): 0.5 unless it has seen the text"
-    )
     share = functools.partial(_share, group=rows.group_index, weights=weights)
     right, wrong = tested & (rows.labels == 0), tested & (rows.labels == 1)
     row: dict[str, Any] = {
@@ -307,10 +306,42 @@ def judge_split(
         "right_texts_in_train": share(text_seen, right),
         "hallucinated_texts_in_train": share(text_seen, wrong),
         "rows_with_question_in_train": share(group_seen, tested),
-        "canary": _score_row("noise_canary", definition, split, rows, scores, weights, tested=tested),
+        "canary": _score_noise(split, rows, noise, tested, seed),
     }
     largest = max(float(text_seen[part].mean()) for part in (right, wrong))
     return row | {"overlap_finding": FOUND if largest >= MATERIAL_SHARE else UNCLEAR if largest else NONE}
+
+
+def _score_noise(
+    split: Split,
+    rows: AuditRows,
+    draws: Sequence[Float[np.ndarray, "N columns"]],
+    tested: Bool[np.ndarray, " N"],
+    seed: int,
+) -> dict[str, Any]:
+    """Return the row of the noise canary: the mean over its draws, with an interval over them."""
+    by_draw = []
+    for noise in draws:
+        scores = np.empty(len(rows.labels))
+        for train, test in split.rotations:
+            forest = RandomForestClassifier(TREES, random_state=seed, n_jobs=-1).fit(noise[train], rows.labels[train])
+            forest.set_params(n_jobs=1)  # threads would add the trees' votes in any order
+            scores[test] = raw_scores(forest, noise[test])
+        by_draw.append(scores[tested])
+    row = statistics.over_draws(np.array(by_draw), rows.labels[tested])
+    finding = _finding(row["auroc"] - 0.5, row["ci_low"], is_sure=row["p_value"] <= FOUND_P)
+    definition = (
+        f"a random forest of {TREES} trees on {NOISE_COLUMNS} Gaussian numbers drawn for each text of (question, "
+        f"answer): 0.5 unless it has seen the text; the mean of {len(draws)} draws, with a t-interval over them"
+    )
+    return {
+        "name": "noise_canary",
+        "definition": definition,
+        "split": split.name,
+        **_count(rows, tested),
+        **row,
+        "finding": finding,
+    }
 
 
 def _share(

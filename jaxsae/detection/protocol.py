@@ -34,7 +34,7 @@ from jaxsae.detection.nesting import (
     nest_stack,
     quiet_single_threaded_blas,
 )
-from jaxsae.detection.resampling import Bootstrap, Control, compare, over_draws
+from jaxsae.detection.resampling import Bootstrap, Control, compare
 from jaxsae.detection.specs import Baseline, Choice
 from jaxsae.detection.splits import (
     check_rows,
@@ -138,7 +138,8 @@ def evaluate(tables: Tables, config: ProtocolConfig, *, progress: Progress | Non
     return Results(
         predictions=_predictions(tables, folds, detectors, nested, verdicts),
         detection=[row | {"p_value": p_values[row["name"]]} for row in rows],
-        canary=over_draws(CANARY_DEFINITION, tables.labels, [each.scores for each in canaries]),
+        canary=statistics.over_draws(np.array([each.scores for each in canaries]), tables.labels)
+        | {"definition": CANARY_DEFINITION},
         controls=_control_rows(tables, folds, permutation_row),
         by_category=by_category,
         differences=compare(tables, config, scores, resampled),

@@ -1,11 +1,10 @@
 """The same resamples of groups behind every interval and difference, the same permutations behind every p-value."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float, Int
 from sklearn.metrics import roc_auc_score
 
@@ -123,26 +122,6 @@ class Bootstrap:
             weights=self.weights,
             positives=positives,
         )
-
-
-def over_draws(definition: str, labels: Int[np.ndarray, " N"], draws: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Return the mean AUROC of a control over its draws, with a t-interval, and a one-sided t-test against 0.5.
-
-    Args:
-        draws: each one's out-of-fold scores.
-    """
-    aurocs = np.array([roc_auc_score(labels, scores) for scores in draws])
-    error = max(scipy.stats.sem(aurocs), np.finfo(float).tiny)  # 0 where a leak makes every draw perfect
-    t = scipy.stats.t(len(aurocs) - 1)
-    half = t.ppf(0.975) * error
-    return {
-        "auroc": float(aurocs.mean()),
-        "ci_low": float(aurocs.mean() - half),
-        "ci_high": float(aurocs.mean() + half),
-        "p_value": float(t.sf((aurocs.mean() - 0.5) / error)),
-        "auroc_by_draw": aurocs.tolist(),
-        "definition": definition,
-    }
 
 
 def compare(

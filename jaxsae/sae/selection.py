@@ -5,6 +5,7 @@ the batch is whole. Latents may be spread too, along `latent_axis`: each shard t
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -190,29 +191,46 @@ def batch_topk_codes(
     bits = _search((_bits(largest), _bits(whole_rows)), n, low, high, axes)
     threshold = lax.bitcast_convert_type(bits, jnp.float32)
 
-    n_in_row = ((largest >= threshold) & (largest > 0)).sum(axis=-1)
-    # A row's kept entries come first in it, as they are descending: slot s is that far into the row that it falls in.
-    ends, slots = jnp.cumsum(n_in_row), jnp.arange(n_rows * n_slots)
-    rows = jnp.minimum(jnp.searchsorted(ends, slots, side="right"), n_rows - 1)
-    places = jnp.minimum(slots - (ends - n_in_row)[rows], largest.shape[-1] - 1)
-    values = jnp.where(slots < ends[-1], largest[rows, places], 0.0)
-    overflows = (ends[-1] > n_rows * n_slots) | (is_crowded.sum() > len(crowded))
+    slots = _fill_in_turn(largest, (largest >= threshold) & (largest > 0), n_slots)
+    slots = slots._replace(overflows=slots.overflows | (is_crowded.sum() > len(crowded)))
     kept = (whole_rows >= threshold) & (whole_rows > 0)
-    if by_row is not None:  # a row's own slots hold its own largest, and no row is looked at whole
-        is_kept = _is_of_row(of_rows, k, k_now, latent_axis)
-        own_rows, own_places = jnp.divmod(slots, n_slots)
-        is_there, own_places = own_places < of_rows.shape[-1], jnp.minimum(own_places, of_rows.shape[-1] - 1)
-        own = jnp.where(is_there & is_kept[own_rows, own_places], of_rows[own_rows, own_places], 0.0)
-        rows, places = jnp.where(by_row, own_rows, rows), jnp.where(by_row, own_places, places)
-        values, kept = jnp.where(by_row, own, values), kept & ~by_row
-        overflows = jnp.where(by_row, (is_kept.sum(axis=-1) > n_slots).any(), overflows)
+    if by_row is not None:  # no row is looked at whole
+        own = _fill_by_row(of_rows, _is_of_row(of_rows, k, k_now, latent_axis), n_slots)
+        slots = jax.tree.map(lambda row, batch: jnp.where(by_row, row, batch), own, slots)
+        kept &= ~by_row
     codes = Codes(
-        ids=ids[rows, places].reshape(n_rows, n_slots),
-        values=values.reshape(n_rows, n_slots),
-        rows=rows.astype(jnp.int32).reshape(n_rows, n_slots),
+        ids=ids[slots.rows, slots.places].reshape(n_rows, n_slots),
+        values=slots.values.reshape(n_rows, n_slots),
+        rows=slots.rows.astype(jnp.int32).reshape(n_rows, n_slots),
         crowded=CrowdedRows(crowded, kept),
     )
-    return codes, threshold, _max(overflows.astype(jnp.int32), axes) == 0
+    return codes, threshold, _max(slots.overflows.astype(jnp.int32), axes) == 0
+
+
+class _Slots(NamedTuple):
+    """Which entries of an array [B, K] the slots [S] of codes hold, 0 in empty ones, and whether they are too few."""
+
+    rows: Int[Array, " S"]
+    places: Int[Array, " S"]
+    values: Float[Array, " S"]
+    overflows: Bool[Array, ""]
+
+
+def _fill_in_turn(largest: Float[Array, "B K"], is_kept: Bool[Array, "B K"], n_slots: int) -> _Slots:
+    """Put the entries that are kept, the first of each row, into the slots of all rows, one after the other."""
+    n_in_row = is_kept.sum(axis=-1)
+    ends, slots = jnp.cumsum(n_in_row), jnp.arange(len(largest) * n_slots)
+    rows = jnp.minimum(jnp.searchsorted(ends, slots, side="right"), len(largest) - 1)
+    places = jnp.minimum(slots - (ends - n_in_row)[rows], largest.shape[-1] - 1)
+    return _Slots(rows, places, jnp.where(slots < ends[-1], largest[rows, places], 0.0), ends[-1] > len(slots))
+
+
+def _fill_by_row(largest: Float[Array, "B K"], is_kept: Bool[Array, "B K"], n_slots: int) -> _Slots:
+    """Put the entries that are kept, among the first of each row, into the row's own slots."""
+    rows, places = jnp.divmod(jnp.arange(len(largest) * n_slots), n_slots)
+    is_there, places = places < largest.shape[-1], jnp.minimum(places, largest.shape[-1] - 1)
+    values = jnp.where(is_there & is_kept[rows, places], largest[rows, places], 0.0)
+    return _Slots(rows, places, values, (is_kept.sum(axis=-1) > n_slots).any())
 
 
 def _is_of_row(

@@ -241,6 +241,15 @@ def test_audit__is_the_same_for_a_seed_and_is_json():
     assert first != other
 
 
+def test_canary__is_the_mean_of_its_draws():
+    found = run(make_rows(n_groups=60))
+    for split in found["splits"]:
+        canary = split["canary"]
+        assert len(set(canary["auroc_by_draw"])) == found["settings"]["noise_draws"] == 10
+        assert canary["auroc"] == pytest.approx(np.mean(canary["auroc_by_draw"]))
+        assert canary["ci_low"] < canary["auroc"] < canary["ci_high"]
+
+
 def test_progress__counts_every_step():
     said = []
     run(make_rows(n_groups=40), progress=lambda done, total, what: said.append((done, total)))

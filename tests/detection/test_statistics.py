@@ -263,3 +263,24 @@ def test_interval__holds_the_truth_where_rows_of_a_group_are_alike():
         low, high = statistics.interval(statistics.resample_auroc(scores, labels, group=group, weights=weights)[:, 0])
         held += low < 0.5 < high
     assert 0.9 <= held / 200 <= 0.99
+
+
+def test_over_draws__equals_scipys_t_interval_and_test(rows):
+    _, labels, _ = rows
+    draws = np.random.default_rng(5).normal(size=(10, 90)) + 0.2 * labels
+    aurocs = [roc_auc_score(labels, scores) for scores in draws]
+    found = statistics.over_draws(draws, labels)
+    test = scipy.stats.ttest_1samp(aurocs, 0.5, alternative="greater")
+    two_sided = scipy.stats.ttest_1samp(aurocs, 0.5).confidence_interval(0.95)
+    assert found["auroc_by_draw"] == aurocs
+    assert found["auroc"] == pytest.approx(np.mean(aurocs), abs=1e-14)
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((two_sided.low, two_sided.high), abs=1e-12)
+    assert found["p_value"] == pytest.approx(test.pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(("towards", "auroc", "p_value"), [(1, 1.0, 0.0), (0, 0.5, 0.5), (-1, 0.0, 1.0)])
+def test_over_draws__that_agree_have_an_interval_of_no_width(rows, towards, auroc, p_value):
+    _, labels, _ = rows
+    found = statistics.over_draws(np.tile(towards * labels.astype(float), (10, 1)), labels)
+    assert (found["auroc"], found["ci_low"], found["ci_high"]) == pytest.approx((auroc, auroc, auroc), abs=1e-12)
+    assert found["p_value"] == pytest.approx(p_value, abs=1e-12)

@@ -79,7 +79,7 @@ def test_audit__writes_three_files_that_say_the_same(benchmark, tmp_path, capsys
     assert found["columns"]["answer"] == "response"
     assert found["label_values"] == {"0": 60, "1": 60}
     assert found["rows_in_file"] == found["sizes"]["rows"] == 120
-    sizes = {"rotations": 7, "train_share": 0.7, "noise_columns": 8, "trees": 30}
+    sizes = {"rotations": 7, "train_share": 0.7, "noise_columns": 8, "noise_draws": 10, "trees": 30}
     assert found["settings"] == {"seed": 3, "bootstrap": 200} | sizes
     length = next(row for row in found["checks"] if row["name"] == "length")
     figure = f"{length['auroc']:.3f}"
