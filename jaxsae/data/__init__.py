@@ -6,11 +6,12 @@ out: documents, packed token ids, questions, prompts, labels. No model runs here
 
 from jaxsae.data.corpus import read_dataset, read_documents
 from jaxsae.data.labels import is_hallucinated
-from jaxsae.data.prompts import format_prompt, make_prompter
+from jaxsae.data.prompts import encode_prompt, format_prompt, make_prompter
 from jaxsae.data.questions import find_format, read_questions, write_questions
 from jaxsae.data.tokens import pack
 
 __all__ = [
+    "encode_prompt",
     "find_format",
     "format_prompt",
     "is_hallucinated",

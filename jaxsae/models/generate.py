@@ -151,6 +151,10 @@ def _check_stop_strings(tokenizer: Any, strings: list[str]) -> None:
 
 def _check_prompts(config: Any, prompts: Sequence[Any], max_new_tokens: int) -> None:
     for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise InputError(
+                f"prompt {index} is a text; give its token ids, jaxsae.data.encode_prompt(text, tokenizer)"
+            )
         ids = np.asarray(prompt)
         if ids.ndim != 1 or ids.size == 0:
             raise InputError(f"prompt {index} has shape {list(ids.shape)}, expected a row of at least one token id")

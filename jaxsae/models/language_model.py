@@ -141,6 +141,7 @@ class LanguageModel:
         """Continue each prompt, greedily unless `temperature` is above 0; see `generate.GenerateConfig`.
 
         Args:
+            prompts: their token ids; `jaxsae.data.encode_prompt` makes them of a text.
             on_progress: called after each batch with the number of prompts continued so far.
 
         Raises:

@@ -147,6 +147,11 @@ def test_generate__names_the_prompt_it_cannot_continue(lm, prompts, options, mes
         lm.generate(prompts, **{"max_new_tokens": 3, **options})
 
 
+def test_generate__of_a_text_says_how_it_becomes_token_ids(lm):
+    with pytest.raises(InputError, match=r"prompt 1 is a text; give its token ids, jaxsae\.data\.encode_prompt"):
+        generate._check_prompts(lm.config, [[1], "What is it?"], 3)
+
+
 def test_generate__stops_at_logits_that_are_not_finite(lm):
     lm.params["ln_f"]["weight"] = lm.params["ln_f"]["weight"] * np.float32(np.inf)
     with pytest.raises(InputError, match="the logits for prompt 0 are not finite"):
