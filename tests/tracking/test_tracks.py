@@ -676,3 +676,29 @@ def test_tracks__refuse_arrays_that_contradict_each_other(name, value, message):
 def test_tracks__name_a_missing_array(name):
     with pytest.raises(InputError, match=f"lack the array {name}"):
         tracking.Tracks.from_arrays({key: value for key, value in GOOD.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # On a line of logarithms i', j, i, j' are one step apart each: what (i', j') differ is all three steps.
+        (np.exp([0.8, 0.0]), np.exp([1.2, 0.4])),
+        # A silent track differs as much as can be from what is heard, and not at all from what is not.
+        (np.array([0.1, 1e-7]), np.array([0.12, 0.1])),
+    ],
+    ids=["far", "silent"],
+)
+def test_track__pair_of_large_cosine_is_given_up_where_the_activations_of_the_rest_ask_for_it(before, after):
+    """Cosines alone would join i with j, and i' with j'; the least total cost does not, by a little."""
+    cosines = np.array([[0.554, 0.7], [0.5, 0.554]])  # of i and i' with j' and j
+    rest = np.sqrt(1 - (cosines**2).sum(axis=1))
+    decoders = np.stack([np.hstack([cosines, np.diag(rest)]), np.eye(2, 4)]).astype(np.float32)
+    ids, acts = np.array([[[0, 1], [0, 1]]]), np.stack([before, after])[None]
+    config = tracking.TrackerConfig(gate="after", birth_threshold=0.0)
+    change = np.abs(before[:, None] - after) / (before[:, None] + after)
+    if before[1] < 1e-6:
+        change[1] = after > 0.1
+    cost = 0.6 * (1 - cosines) + 0.2 * change
+    assert cost.trace() < cost[::-1].trace() - 0.01
+    tracks = tracking.track(ids, acts, decoders, config)
+    assert tracks.feature_id.reshape(2, 2).tolist() == [[0, 0], [1, 1]]
