@@ -137,6 +137,14 @@ def test_sweep__writes_a_page_tables_and_a_row_for_every_number(swept, capsys):
     assert not (swept.workdir / ".lock").exists()
 
 
+def test_sweep__follows_tracks_anew_where_a_setting_changes_them(swept):
+    """One process keeps the last tracks: two settings of other tracks would else have the same forest on the same."""
+    rows = outcome(swept)["settings"]
+    aurocs = {row["setting"]: row["auroc"] for row in rows if row["detector"] == "tracks_forest"}
+    assert len(set(aurocs.values())) == 4
+    assert len({row["auroc"] for row in rows if row["detector"] == "length"}) == 1
+
+
 def test_sweep__leaves_the_run_as_it_was(finished, swept):
     before, after = contents(finished.workdir), contents(swept.workdir)
     assert {name: after[name] for name in before} == before
