@@ -220,6 +220,7 @@ def _fill_in_turn(largest: Float[Array, "B K"], is_kept: Bool[Array, "B K"], n_s
     """Put the entries that are kept, the first of each row, into the slots of all rows, one after the other."""
     n_in_row = is_kept.sum(axis=-1)
     ends, slots = jnp.cumsum(n_in_row), jnp.arange(len(largest) * n_slots)
+    # Entries descend, so that slot s is that far into the row that it falls in.
     rows = jnp.minimum(jnp.searchsorted(ends, slots, side="right"), len(largest) - 1)
     places = jnp.minimum(slots - (ends - n_in_row)[rows], largest.shape[-1] - 1)
     return _Slots(rows, places, jnp.where(slots < ends[-1], largest[rows, places], 0.0), ends[-1] > len(slots))
