@@ -3,7 +3,8 @@
 The training rows of an epoch form a list: the contexts in a seeded order, of each the rows that are kept. The lists of
 all epochs follow each other without a gap. A buffer on the devices holds N rows of it. Between two refills, M of its
 slots are handed out in a seeded random order, batch by batch; the next M rows of the list then take their places. So
-every row of an epoch enters the buffer once, and leaves it in exactly one batch.
+every row of an epoch enters the buffer once, and leaves it in exactly one batch. Where the number of batches is known,
+no row beyond them enters: after the last refill, the buffer is handed out to its end.
 
 The host knows the token ids: it plans which contexts to run and which row goes to which slot. The devices run the
 language model, each on contexts of its own; then one exchange along "layer" brings each layer's rows to the devices
@@ -33,6 +34,7 @@ from jaxsae.models import LanguageModel, decoder
 ByShard = list[Int[np.ndarray, " _"]]  # rows or slots, of each data shard
 
 _SAMPLE_CONTEXTS = 64  # a sample comes from so many contexts at least, where there are so many
+_ENDLESS = 2**62  # batches
 _SAMPLE_SHARE = 0.25  # of a context's rows, at most, unless the sample needs more: 4 rows are computed for each
 
 
@@ -65,6 +67,10 @@ class StreamSizes:
     def refill_contexts(self) -> int:
         """Return the contexts that a refill runs, with those that fill up the last pass."""
         return self.passes * self.shard_contexts * self.data_shards
+
+    def last_refill(self, n_rows: int) -> int:
+        """Return the number of the last refill of a stream that hands out so many rows; 0 is the first fill."""
+        return max(0, -((self.buffer_rows - n_rows) // self.refill_rows))
 
     def buffer_bytes(self, n_layers: int, d_model: int) -> int:
         """Return the bytes of the buffer on each device: 2 D N ceil(L / layer shards) / data shards."""
@@ -184,27 +190,51 @@ class _Plan:
             start += high - low
         return np.concatenate(pieces)
 
-    def refill(self, number: int) -> tuple[ByShard, ByShard]:
-        """Return the rows that a refill computes, and their slots, of each data shard; number 0 is the first fill."""
-        shards, n_buffer, n_refill = self.sizes.data_shards, self.sizes.buffer_rows, self.sizes.refill_rows
-        if number == 0:
-            return np.split(self.rows(0, n_buffer), shards), [np.arange(n_buffer // shards)] * shards
-        start = n_buffer + (number - 1) * n_refill
-        return np.split(self.rows(start, start + n_refill), shards), self.drawn_slots(number - 1)
+    def refill(self, number: int, n_rows: int) -> tuple[ByShard, ByShard]:
+        """Return the rows that a refill computes, and their slots, of each data shard; number 0 is the first fill.
 
-    def drawn_slots(self, refill: int) -> ByShard:
-        """Return the slots handed out after a refill, in their order, of each data shard's part of the buffer."""
-        shards = self.sizes.data_shards
-        n_slots, n_drawn = self.sizes.buffer_rows // shards, self.sizes.refill_rows // shards
-        keys = ([self.seed, refill, 1, shard] for shard in range(shards))
-        return [np.random.default_rng(key).permutation(n_slots)[:n_drawn] for key in keys]
+        Args:
+            n_rows: that the stream hands out; none after them is computed.
+        """
+        shards, n_buffer, n_refill = self.sizes.data_shards, self.sizes.buffer_rows, self.sizes.refill_rows
+        start = n_buffer + (number - 1) * n_refill if number else 0
+        stop = min(n_buffer + number * n_refill, n_rows)
+        slots = [free[: (stop - start) // shards] for free in self._free_slots(number)]
+        return np.split(self.rows(start, stop), shards), slots
+
+    def order(self, refill: int, n_rows: int) -> ByShard:
+        """Return the slots of each data shard in the order in which they are handed out after a refill.
+
+        The first M are, before the next refill; after the last one all that are full, which stand before those that
+        the stream's `n_rows` left empty.
+        """
+        orders = self._permutations(refill)
+        if refill < self.sizes.last_refill(n_rows):
+            return orders
+        n_full = (n_rows - refill * self.sizes.refill_rows) // self.sizes.data_shards
+        is_full = [np.ones(len(order), bool) for order in orders]
+        for full, free in zip(is_full, self._free_slots(refill), strict=True):
+            full[free[len(free) - (len(full) - n_full) :]] = False
+        return [order[np.argsort(~full[order], kind="stable")] for order, full in zip(orders, is_full, strict=True)]
+
+    def _free_slots(self, refill: int) -> ByShard:
+        """Return the slots of each data shard that a refill may write: those handed out before it, or all at first."""
+        if refill == 0:
+            return [np.arange(self.sizes.buffer_rows // self.sizes.data_shards)] * self.sizes.data_shards
+        n_free = self.sizes.refill_rows // self.sizes.data_shards
+        return [order[:n_free] for order in self._permutations(refill - 1)]
+
+    def _permutations(self, refill: int) -> ByShard:
+        n_slots = self.sizes.buffer_rows // self.sizes.data_shards
+        keys = ([self.seed, refill, 1, shard] for shard in range(self.sizes.data_shards))
+        return [np.random.default_rng(key).permutation(n_slots) for key in keys]
 
     def oldest_refill(self, refill: int) -> int:
         """Return the first of the refills up to this one of which a row is still in the buffer."""
         shards = self.sizes.data_shards
         is_newer = np.zeros((shards, self.sizes.buffer_rows // shards), bool)
         for number in range(refill, 0, -1):
-            np.put_along_axis(is_newer, np.stack(self.drawn_slots(number - 1)), True, axis=1)
+            np.put_along_axis(is_newer, np.stack(self._free_slots(number)), True, axis=1)
             if is_newer.all():
                 return number
         return 0
@@ -236,13 +266,31 @@ class _Plan:
             yield np.concatenate(token_ids), np.concatenate(places)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a position is.
+
+    Attributes:
+        step: batches before it.
+        refill: number of the refill before it.
+        n_gone: rows handed out since then.
+        n_rows: that the stream hands out in all.
+    """
+
+    step: int
+    refill: int
+    n_gone: int
+    n_rows: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Buffer:
-    """The shuffle buffer on the devices after a refill, with the slots to be handed out before the next, in order."""
+    """The shuffle buffer on the devices after a refill, with its slots in the order in which they are handed out."""
 
     rows: UInt16[Array, "L N D"]
-    order: Int[Array, " slots"]
+    order: Int[Array, " N"]
     refill: int
+    n_rows: int
 
 
 class StreamSource:
@@ -322,9 +370,18 @@ class StreamSource:
         self._params = jax.device_put(lm.params, NamedSharding(mesh, meshes.REPLICATED))
         self._buffer: _Buffer | None = None
 
-    def init(self) -> dict[str, int]:
-        """Return the position before the first batch."""
-        return self._position(0)
+    def init(self, n_batches: int | None = None) -> dict[str, int]:
+        """Return the position before the first batch.
+
+        Args:
+            n_batches: in all; no row is computed that is in none of them. None: the stream has no end.
+
+        Raises:
+            InputError: `n_batches` is less than 1.
+        """
+        if n_batches is not None and n_batches < 1:
+            raise InputError(f"a stream has at least 1 batch, got {n_batches}")
+        return self._position(0, n_batches)
 
     def next(self, state: Mapping[str, int]) -> tuple[dict[str, int], BFloat16[Array, "L B D"]]:
         """Return the position after one batch, and the batch's rows on the devices, sharded by layer and data.
@@ -334,10 +391,24 @@ class StreamSource:
         Raises:
             InputError: the position does not belong to this stream.
         """
-        step = self._step(state)
-        refill, batch = divmod(step, self.sizes.refill_rows // self.batch)
-        buffer, first = self._fill(refill), np.int32(batch * self.batch // self.sizes.data_shards)
-        return self._position(step + 1), take_rows(self._mesh, self.batch, buffer.rows, buffer.order, first)
+        place = self._place(state)
+        return self._position(place.step + 1, state.get("n_batches")), self._take(place, self.batch)
+
+    def peek(self, state: Mapping[str, int], n: int) -> BFloat16[np.ndarray, "L _ D"]:
+        """Return `n` rows of the buffer as a position finds it, fewer where it has no more, on the host.
+
+        They are this process's layers' rows, those of the next batches first. Nothing is computed that these would not
+        need, so that this is the cheapest sample.
+
+        Raises:
+            InputError: the position does not belong to this stream, or `n` is less than `mesh.data`.
+        """
+        place, shards = self._place(state), self.sizes.data_shards
+        n_left = min(self.sizes.buffer_rows, place.n_rows - place.refill * self.sizes.refill_rows) - place.n_gone
+        n_taken = min(n, n_left) // shards * shards
+        if n_taken < 1:
+            raise InputError(f"at least mesh.data={shards} rows of the buffer are looked at, got {n}")
+        return meshes.fetch_batch(self._take(place, n_taken), meshes.local_layers(self.n_layers, self._mesh))
 
     def arrays(self, state: Mapping[str, int]) -> dict[str, UInt16[Array, "L N D"]]:
         """Return the arrays that a checkpoint saves beside a position: the buffer, as bfloat16's bits.
@@ -347,7 +418,7 @@ class StreamSource:
         Raises:
             InputError: the position does not belong to this stream.
         """
-        return {"buffer": self._fill(self._step(state) // (self.sizes.refill_rows // self.batch)).rows}
+        return {"buffer": self._fill(self._place(state)).rows}
 
     def abstract_arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shape, dtype and sharding of `arrays`; nothing is computed."""
@@ -361,14 +432,13 @@ class StreamSource:
         Raises:
             InputError: position or arrays do not belong to this stream.
         """
-        step, found, wanted = self._step(state), arrays["buffer"], self.abstract_arrays()["buffer"]
+        place, found, wanted = self._place(state), arrays["buffer"], self.abstract_arrays()["buffer"]
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise InputError(
                 f"the saved shuffle buffer is {found.dtype} {list(found.shape)}, this run needs {wanted.dtype} "
                 f"{list(wanted.shape)}; set mesh.layer and the model back, or train again"
             )
-        refill = step // (self.sizes.refill_rows // self.batch)
-        self._buffer = self._with_order(jax.device_put(found, wanted.sharding), refill)
+        self._buffer = self._with_order(jax.device_put(found, wanted.sharding), place)
 
     def held_out_batches(self, batch: int) -> Iterator[BFloat16[Array, "L _ D"]]:
         """Yield the kept held-out rows in order, on the devices as those of `next`; the last batch may be short.
@@ -420,16 +490,16 @@ class StreamSource:
         found = np.concatenate([shard * width + shard_slots for shard, shard_slots in enumerate(slots)])
         return bits[meshes.local_layers(self.n_layers, self._mesh)][:, found].view(ml_dtypes.bfloat16)
 
-    def _position(self, step: int) -> dict[str, int]:
+    def _position(self, step: int, n_batches: int | None) -> dict[str, int]:
         epoch, batch = divmod(step, self.batches_per_epoch)
-        return {"epoch": epoch, "batch": batch} | self._layout()
+        end = {} if n_batches is None else {"n_batches": n_batches}
+        return {"epoch": epoch, "batch": batch} | self._layout() | end
 
     def _layout(self) -> dict[str, int]:
-        """Return what decides, beside the seed and the contexts, which row is in which slot."""
+        """Return what decides, beside seed, contexts and the number of batches, which row is in which slot."""
         return {"buffer": self.sizes.buffer_rows, "refill": self.sizes.refill_rows, "data": self.sizes.data_shards}
 
-    def _step(self, state: Mapping[str, int]) -> int:
-        """Return the number of batches before a position."""
+    def _place(self, state: Mapping[str, int]) -> "_Place":
         epoch, batch = state.get("epoch", -1), state.get("batch", -1)
         if epoch < 0 or not 0 <= batch < self.batches_per_epoch or not self._layout().items() <= state.items():
             raise InputError(
@@ -437,22 +507,36 @@ class StreamSource:
                 f"epoch with {self._layout()}; set train.batch, train.buffer_tokens, train.held_out, "
                 "activations.replace and mesh.data back, or train again"
             )
-        return epoch * self.batches_per_epoch + batch
+        step, n_batches = epoch * self.batches_per_epoch + batch, state.get("n_batches", _ENDLESS)
+        if step >= n_batches:
+            raise InputError(f"the stream ends after {n_batches} batches; give `init` a larger number for more")
+        n_rows, n_refill = n_batches * self.batch, self.sizes.refill_rows
+        refill = min(step * self.batch // n_refill, self.sizes.last_refill(n_rows))
+        return _Place(step, refill, step * self.batch - refill * n_refill, n_rows)
 
-    def _fill(self, refill: int) -> "_Buffer":
-        """Return the buffer as a refill leaves it, made by this one or by all of which a row is still in it."""
-        held = self._buffer
-        if held is not None and held.refill == refill:
+    def _take(self, place: "_Place", n_rows: int) -> BFloat16[Array, "L B D"]:
+        """Return the rows that are handed out next, as many of each data shard."""
+        buffer, first = self._fill(place), np.int32(place.n_gone // self.sizes.data_shards)
+        return take_rows(self._mesh, n_rows, buffer.rows, buffer.order, first)
+
+    def _fill(self, place: "_Place") -> "_Buffer":
+        """Return the buffer as a refill leaves it, made by this one or by all of which a row is still in it.
+
+        After the last refill, what is in its empty slots is not defined.
+        """
+        held, number, n_rows = self._buffer, place.refill, place.n_rows
+        if held is not None and (held.refill, held.n_rows) == (number, n_rows):
             return held
-        follows = held is not None and held.refill == refill - 1
+        follows = held is not None and (held.refill, held.n_rows) == (number - 1, n_rows)
         rows = self._empty(self.sizes.buffer_rows) if held is None else held.rows
-        for number in range(refill if follows else self._plan.oldest_refill(refill), refill + 1):
-            rows = self._write(rows, *self._plan.refill(number))
-        self._buffer = self._with_order(rows, refill)
+        for refill in range(number if follows else self._plan.oldest_refill(number), number + 1):
+            rows = self._write(rows, *self._plan.refill(refill, n_rows))
+        self._buffer = self._with_order(rows, place)
         return self._buffer
 
-    def _with_order(self, rows: UInt16[Array, "L N D"], refill: int) -> "_Buffer":
-        return _Buffer(rows, self._put_slots(self._plan.drawn_slots(refill)), refill)
+    def _with_order(self, rows: UInt16[Array, "L N D"], place: "_Place") -> "_Buffer":
+        order = self._put_slots(self._plan.order(place.refill, place.n_rows))
+        return _Buffer(rows, order, place.refill, place.n_rows)
 
     def _write(self, buffer: UInt16[Array, "L N D"], rows: ByShard, slots: ByShard) -> UInt16[Array, "L N D"]:
         """Compute rows of each data shard and write them to slots of its part of `buffer`, which is donated."""

@@ -144,8 +144,8 @@ def _stream(job: Job) -> activations.StreamSizes:
 def forward_work(job: Job) -> Work:
     """Return one device's part in the language model's forward passes of a streaming run: refills, held-out rows."""
     stream, settings, context = _stream(job), job.config.train, job.config.corpus.context
-    n_refills = math.ceil(job.recipe.total_tokens / stream.refill_rows) + stream.buffer_rows / stream.refill_rows
-    n_other = _n_evaluations(job) * settings.evaluate_tokens + 4 * (INIT_ROWS + PCA_ROWS)
+    n_refills = job.recipe.total_tokens / stream.refill_rows
+    n_other = _n_evaluations(job) * settings.evaluate_tokens + 4 * PCA_ROWS
     n_tokens = (n_refills * stream.refill_contexts * context + n_other) / job.n_devices
     written = 2 * job.shape.n_layers * job.shape.d_model * n_tokens
     flops, moved = job.shape.forward_flops(n_tokens, context), job.shape.forward_moved(n_tokens, context)
@@ -250,8 +250,8 @@ def _reading_bytes(job: Job) -> Number:
 
 
 def _sampling_bytes(job: Job) -> Number:
-    """The rows behind mean, scale and variance: bfloat16, float64, and their squares."""
-    return 18 * job.shape.n_layers * job.shape.d_model * min(INIT_ROWS, job.n_tokens)
+    """The rows behind mean, scale and variance: bfloat16, twice, and of one layer float64 and what is made of it."""
+    return (4 * job.shape.n_layers + 24) * job.shape.d_model * min(INIT_ROWS, job.n_tokens)
 
 
 def _checkpoint_bytes(job: Job) -> int:

@@ -199,7 +199,8 @@ def _measure(trainer: sae.Trainer, rows: Rows, config: RunConfig, context: Conte
     suite = sae.load(context.workdir / "saes")
     quality, numbers = trainer.measure_best()
     fit = source.sample(min(PCA_ROWS, source.n_train_tokens), seed=config.seed + 1)
-    mean = meshes.gather_layers(fit.astype(np.float32).mean(axis=1), trainer.layers, rows.n_layers)
+    own_mean = np.stack([layer.astype(np.float32).mean(axis=0) for layer in fit])
+    mean = meshes.gather_layers(own_mean, trainer.layers, rows.n_layers)
     held_out = (meshes.fetch_batch(acts, trainer.layers) for acts in trainer.held_out())
     own = {"pca_fvu": evaluate.pca_fvu(fit, held_out, config.sae.k)}
     own |= evaluate.crowding_by_layer(suite, trainer.layers)

@@ -31,7 +31,8 @@ from jaxsae.sae.suite import SaeSuite, fold_scale
 _MOMENTUM = {"nadam": 0.9, "adam": 0.9, "signum": 0.95}  # sparsify's for Signum
 METRICS = ("loss", "mse", "fvu", "l0", "dead")  # of a step, one number a layer
 THRESHOLD_DECAY = 0.999  # of BatchTopK's threshold at inference, an exponential average
-_CENTRE_ROWS, _MEDIAN_ROUNDS = 4096, 30  # more of either move b_dec by less than a hundredth of the rows' spread
+_MEDIAN_ROWS, _MEDIAN_ROUNDS = 4096, 30
+_MEDIAN_SHIFT = 1e-4  # of the rows' distances; a round that moves the median by less is the last
 _FEATURE_BYTES = 2**32  # of the layers that an accelerator computes together
 _LONGEST_WAIT = 2**30  # tokens; counters of latents that never fire stop about here, before int32 overflows
 
@@ -226,24 +227,22 @@ def init_state(recipe: Recipe, sample: Float[np.ndarray, "L N D"], seed: int) ->
         InputError: a layer's rows are not finite, or all the same.
     """
     arch = architecture(recipe.sae.architecture)
-    rows = sample.astype(np.float64)
-    _check_rows(rows)
-    squared = (rows**2).sum(-1).mean(-1)
-    scale = np.sqrt(recipe.d_model / squared) if arch.centres_input else np.ones(len(rows))
-    mean = rows.mean(axis=1) * scale[:, None]
-    variance = squared * scale**2 - (mean**2).sum(-1)
-    centres = [geometric_median(own[:_CENTRE_ROWS]) * factor for own, factor in zip(rows, scale, strict=True)]
+    moments = [_moments(layer, rows) for layer, rows in enumerate(sample)]
+    squared, mean, centre = (np.stack(each) for each in zip(*moments, strict=True))
+    scale = np.sqrt(recipe.d_model / squared) if arch.centres_input else np.ones(len(sample))
+    variance = (squared - (mean**2).sum(-1)) * scale**2
+    mean, centre = mean * scale[:, None], centre * scale[:, None]
     layers = [
         arch.init(
             jax.random.fold_in(jax.random.key(seed), layer),
-            jnp.asarray(centre, jnp.float32),
+            jnp.asarray(own, jnp.float32),
             recipe.n_latents,
             recipe.sae,
         )
-        for layer, centre in enumerate(centres)
+        for layer, own in enumerate(centre)
     ]
     params = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    n_layers = len(rows)
+    n_layers = len(sample)
     state = TrainState(
         params=params,
         opt_state=jax.vmap(make_optimizer(recipe).init)(params),
@@ -260,26 +259,35 @@ def init_state(recipe: Recipe, sample: Float[np.ndarray, "L N D"], seed: int) ->
     return dataclasses.replace(state, best=weights_of(state, recipe, 0))
 
 
+def _moments(
+    layer: int, sample: Float[np.ndarray, "N D"]
+) -> tuple[float, Float[np.ndarray, " D"], Float[np.ndarray, " D"]]:
+    """Return the mean squared norm of a layer's rows, their mean, and their geometric median."""
+    rows = sample.astype(np.float64)
+    if not np.isfinite(rows).all():
+        raise InputError(f"the activations of layer {layer} are not finite; run jaxsae extract again")
+    if np.ptp(rows, axis=0).max() == 0:
+        raise InputError(f"the activations of layer {layer} are the same on all {len(rows)} tokens")
+    squared = float(np.einsum("nd,nd->", rows, rows)) / len(rows)
+    return squared, rows.mean(axis=0), geometric_median(rows[:_MEDIAN_ROWS])
+
+
 def geometric_median(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " D"]:
     """Return the point with the least sum of distances to the rows, by Weiszfeld's iteration from their mean.
 
     It lies in the bulk of the rows, which the mean may not where a few of them are far out. Gao et al. 2024
     (arXiv:2406.04093, appendix A.1) start b_dec there.
     """
-    median, squared = rows.mean(axis=0), (rows**2).sum(axis=1)
+    mean = rows.mean(axis=0)
+    centred = (rows - mean).astype(np.float32)  # precise enough once the mean, which may be far out, is gone
+    squared, median = np.einsum("nd,nd->n", centred, centred), np.zeros_like(centred[0])
     for _ in range(_MEDIAN_ROUNDS):
-        distances = np.sqrt(np.maximum(squared - 2 * rows @ median + median @ median, 0.0))
-        weights = 1 / np.maximum(distances, 1e-6 * distances.max())
-        median = weights @ rows / weights.sum()
-    return median
-
-
-def _check_rows(rows: Float[np.ndarray, "L N D"]) -> None:
-    for layer, layer_rows in enumerate(rows):
-        if not np.isfinite(layer_rows).all():
-            raise InputError(f"the activations of layer {layer} are not finite; run jaxsae extract again")
-        if np.ptp(layer_rows, axis=0).max() == 0:
-            raise InputError(f"the activations of layer {layer} are the same on all {len(layer_rows)} tokens")
+        distances = np.sqrt(np.maximum(squared - 2 * centred @ median + median @ median, 0.0))
+        weights = 1 / np.maximum(distances, 1e-6 * distances.max() + np.finfo(np.float32).tiny)
+        before, median = median, weights @ centred / weights.sum()
+        if np.linalg.norm(median - before) < _MEDIAN_SHIFT * np.median(distances):
+            break
+    return mean + median
 
 
 def make_step(recipe: Recipe, mesh: Mesh) -> Callable:

@@ -46,8 +46,13 @@ class Source(Protocol):
 
 @runtime_checkable
 class BufferedSource(Source, Protocol):
-    """A source with arrays on the devices that its state alone would be slow to make again; checkpoints keep them."""
+    """A source with arrays on the devices that its state alone would be slow to make again; checkpoints keep them.
 
+    It computes ahead: so it is told when the run ends, and has rows at hand before the first batch.
+    """
+
+    def init(self, n_batches: int | None = None) -> dict[str, int]: ...
+    def peek(self, state: dict[str, int], n: int) -> Float[np.ndarray, "L _ D"]: ...
     def arrays(self, state: dict[str, int]) -> dict[str, Array]: ...
     def abstract_arrays(self) -> dict[str, jax.ShapeDtypeStruct]: ...
     def restore(self, state: dict[str, int], arrays: dict[str, Array]) -> None: ...
@@ -69,22 +74,29 @@ class Trainer:
         """Resume from the newest whole checkpoint, or start from rows of the source."""
         self.source, self.recipe, self.checkpoints, self.mesh = source, recipe, checkpoints, mesh
         self.layers = meshes.local_layers(recipe.n_layers, mesh)
-        sample = meshes.gather_layers(
-            source.sample(min(INIT_ROWS, source.n_train_tokens), seed=seed), self.layers, recipe.n_layers
-        )
-        fresh = init_state(recipe, meshes.pad_layers(sample, mesh), seed)
-        self.state, self.step, self.reader = meshes.put_layers(fresh, mesh), 0, source.init()
-        self._resume()
+        self.reader = source.init(recipe.total_steps) if isinstance(source, BufferedSource) else source.init()
+        latest = checkpoints.latest_step()
+        # Of a state that a checkpoint replaces, the shapes alone count: any rows give them.
+        sample = self._sample(seed) if latest is None else np.eye(2, recipe.d_model)[None].repeat(recipe.n_layers, 0)
+        self.state = meshes.put_layers(init_state(recipe, meshes.pad_layers(sample, mesh), seed), mesh)
+        self.step = 0
+        if latest is not None:
+            self._resume(latest)
         together = recipe.train.steps_per_dispatch
         self._take_steps = make_steps(recipe, mesh, together) if together > 1 else make_step(recipe, mesh)
         self._row_sums, self._bit_counts = evaluate.make_row_sums(mesh), evaluate.make_bit_counts(mesh)
         self._pending: list[tuple[range, dict[str, Array]]] = []
 
-    def _resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
-        latest = self.checkpoints.latest_step()
-        if latest is None:
-            return
+    def _sample(self, seed: int) -> Float[np.ndarray, "L N D"]:
+        """Return the rows that the state before the first step is made from, of all layers."""
+        if isinstance(self.source, BufferedSource):
+            rows = self.source.peek(self.reader, INIT_ROWS)
+        else:
+            rows = self.source.sample(min(INIT_ROWS, self.source.n_train_tokens), seed=seed)
+        return meshes.gather_layers(rows, self.layers, self.recipe.n_layers)
+
+    def _resume(self, latest: int) -> None:
+        """Go on from the newest whole checkpoint."""
         like = _trees(self.state, self.recipe, 0)
         buffered = self.source if isinstance(self.source, BufferedSource) and latest < self.recipe.total_steps else None
         if buffered is not None:

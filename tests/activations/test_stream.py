@@ -89,7 +89,7 @@ def tokens_of(acts):
     return tokens
 
 
-def batches_by_the_book(*, batch, n_buffer, n_refill, data):
+def batches_by_the_book(*, batch, n_buffer, n_refill, data, n_batches=10**6):
     """Yield the tokens of every batch, written as the documentation tells it."""
 
     def rows():
@@ -97,20 +97,27 @@ def batches_by_the_book(*, batch, n_buffer, n_refill, data):
             for context in np.random.default_rng([7, epoch, 0]).permutation(N_TRAIN):
                 yield from (t for t in range(context * CONTEXT, (context + 1) * CONTEXT) if KEPT[t])
 
-    one_by_one = rows()
+    one_by_one = itertools.islice(rows(), n_batches * batch)
 
     def take(n):
-        return np.array([next(one_by_one) for _ in range(n)]).reshape(data, -1).tolist()
+        """Return the next n rows, a list for each data shard; None are those that the stream does not need."""
+        taken = np.array(list(itertools.islice(one_by_one, n))).reshape(data, -1).tolist()
+        return [shard + [None] * (n // data - len(shard)) for shard in taken]
 
-    buffers = take(n_buffer)
+    buffers, n_left = take(n_buffer), n_batches * batch - n_buffer
     for refill in itertools.count():
-        keys = [[7, refill, 1, shard] for shard in range(data)]
-        drawn = [np.random.default_rng(key).permutation(n_buffer // data)[: n_refill // data] for key in keys]
-        for low in range(0, n_refill // data, batch // data):
-            yield [buffers[q][slot] for q in range(data) for slot in drawn[q][low : low + batch // data]]
+        drawn = [np.random.default_rng([7, refill, 1, shard]).permutation(n_buffer // data) for shard in range(data)]
+        if n_left > 0:
+            drawn = [slots[: n_refill // data] for slots in drawn]
+        handed_out = [[buffers[q][slot] for slot in drawn[q] if buffers[q][slot] is not None] for q in range(data)]
+        for low in range(0, len(handed_out[0]), batch // data):
+            yield [row for shard in handed_out for row in shard[low : low + batch // data]]
+        if n_left <= 0:
+            return
         for buffer, slots, fresh in zip(buffers, drawn, take(n_refill), strict=True):
             for slot, row in zip(slots, fresh, strict=True):
                 buffer[slot] = row
+        n_left -= n_refill
 
 
 @pytest.mark.parametrize(
@@ -139,6 +146,65 @@ def test_next__follows_the_documented_order_over_epochs(mesh, options, n_buffer,
             source.abstract_arrays()["buffer"].sharding.mesh, meshes.BY_LAYER_AND_DATA
         )
         np.testing.assert_array_equal(tokens_of(acts), tokens)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Return the list of the rows that are computed from now on: by pass, the slots that they go to."""
+    passes, plan_passes = [], stream._Plan.passes
+
+    def watched(plan, rows, slots, n_slots):
+        for token_ids, places in plan_passes(plan, rows, slots, n_slots):
+            passes.append(np.flatnonzero(places < n_slots))
+            yield token_ids, places
+
+    monkeypatch.setattr(stream._Plan, "passes", watched)
+    return passes
+
+
+@pytest.mark.parametrize("n_batches", [1, 7, 8, 9, 11, 12, 13, 30])  # the buffer holds 8, a refill replaces 4 of them
+@pytest.mark.parametrize(("layer", "data"), [(1, 1), (2, 2)])
+def test_next__of_a_stream_with_an_end_computes_what_it_hands_out_and_no_more(computed, n_batches, layer, data):
+    source = make_source(layer, data)
+    drawn = list(draw(source, n_batches, source.init(n_batches)))
+    expected = list(batches_by_the_book(batch=24, n_buffer=192, n_refill=96, data=data, n_batches=n_batches))
+    assert len(expected) == n_batches
+    for (_, acts), tokens in zip(drawn, expected, strict=True):
+        np.testing.assert_array_equal(tokens_of(acts), tokens)
+    times = collections.Counter(np.concatenate(expected).tolist())
+    assert max(times.values()) - min(times.values()) <= 1
+    assert sum(map(len, computed)) == n_batches * 24
+    with pytest.raises(InputError, match=f"the stream ends after {n_batches} batches"):
+        source.next(drawn[-1][0])
+
+
+@pytest.mark.parametrize("n_batches", [0, -1])
+def test_init__refuses_a_stream_of_no_batch(n_batches):
+    with pytest.raises(InputError, match=f"a stream has at least 1 batch, got {n_batches}"):
+        make_source().init(n_batches)
+
+
+@pytest.mark.parametrize(("layer", "data", "n_batches"), [(1, 1, None), (3, 1, 13), (2, 2, 13), (1, 2, 3)])
+def test_peek__gives_the_rows_of_the_next_batches_and_computes_no_others(computed, layer, data, n_batches):
+    source = make_source(layer, data)
+    state, n_held, total = source.init(n_batches), [], n_batches or 12
+    for _ in range(total):
+        is_one_over = data == 2  # which the data shards do not share: it is left out
+        peeked, held = source.peek(state, 24 + is_one_over), source.peek(state, 10**6)
+        n_held.append(held.shape[1])
+        state, acts = source.next(state)
+        np.testing.assert_array_equal(peeked.view(np.uint16), bits_of(acts)[:N_LAYERS])
+        by_shard = held.view(np.uint16).reshape(N_LAYERS, data, -1, D_MODEL)[:, :, : 24 // data]
+        np.testing.assert_array_equal(by_shard.reshape(N_LAYERS, 24, D_MODEL), bits_of(acts)[:N_LAYERS])
+    expected = {  # 8 batches, after each refill of 4 again, and at the end what there is
+        3: [3, 2, 1],
+        12: [8, 7, 6, 5, 8, 7, 6, 5, 8, 7, 6, 5],
+        13: [8, 7, 6, 5, 8, 7, 6, 5, 5, 4, 3, 2, 1],
+    }
+    assert n_held == [24 * n for n in expected[total]]
+    assert sum(map(len, computed)) == 24 * (n_batches or 8 + 2 * 4)
+    with pytest.raises(InputError, match=f"at least mesh.data={data} rows of the buffer are looked at, got 0"):
+        source.peek(source.init(), 0)
 
 
 @pytest.mark.parametrize(("layer", "data"), [(1, 1), (2, 2)])
@@ -186,14 +252,20 @@ def test_next__gives_the_stores_rows_bit_for_bit(tmp_path, layer, data):
 
 
 @pytest.mark.parametrize(
-    ("layer", "data", "options"),
-    [(1, 1, {}), (2, 2, {"replace": 0.25}), (1, 1, {"buffer_tokens": 48})],  # the last: 44 refills, few of them in it
+    ("layer", "data", "options", "n_batches"),
+    [
+        (1, 1, {}, None),
+        (2, 2, {"replace": 0.25}, None),
+        (1, 1, {"buffer_tokens": 48}, None),  # 44 refills, few of them in the buffer
+        (1, 1, {}, 44),
+        (2, 2, {"replace": 0.4}, 44),  # three batches a refill: the last writes one
+    ],
 )
-def test_next__resumes_bit_for_bit_with_the_saved_buffer_and_without(layer, data, options):
+def test_next__resumes_bit_for_bit_with_the_saved_buffer_and_without(layer, data, options, n_batches):
     n = 44
     source = make_source(layer, data, **options)
     saved, batches = [], []
-    state = source.init()
+    state = source.init(n_batches)
     for _ in range(n):
         saved.append((json.loads(json.dumps(state)), np.asarray(source.arrays(state)["buffer"])))
         state, acts = source.next(state)
@@ -204,8 +276,9 @@ def test_next__resumes_bit_for_bit_with_the_saved_buffer_and_without(layer, data
         resumed.restore(position, {"buffer": jax.device_put(buffer, resumed.abstract_arrays()["buffer"].sharding)})
         again = [bits_of(acts).tobytes() for _, acts in draw(resumed, 4, position)]
         assert again == batches[place : place + 4]
-    for place in (40, 3, 21, 20, 39, 0):  # anywhere in one source, from the position alone
-        np.testing.assert_array_equal(source.arrays(saved[place][0])["buffer"], saved[place][1])
+    for place in (40, 3, 21, 20, 39, 0, 43):  # anywhere in one source, from the position alone
+        if n_batches is None:  # else there are empty slots at the end
+            np.testing.assert_array_equal(source.arrays(saved[place][0])["buffer"], saved[place][1])
         assert bits_of(source.next(saved[place][0])[1]).tobytes() == batches[place]
 
 
@@ -213,7 +286,9 @@ def test_next__resumes_bit_for_bit_with_the_saved_buffer_and_without(layer, data
 def refills(monkeypatch):
     """Return the list of refills that are made from now on."""
     numbers, refill = [], stream._Plan.refill
-    monkeypatch.setattr(stream._Plan, "refill", lambda plan, number: numbers.append(number) or refill(plan, number))
+    monkeypatch.setattr(
+        stream._Plan, "refill", lambda plan, number, n: numbers.append(number) or refill(plan, number, n)
+    )
     return numbers
 
 

@@ -34,17 +34,19 @@ import sae_lens
 import sparsify
 import torch
 import transformers
-from jaxtyping import Int
+from jaxtyping import BFloat16, Int
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from turns import take_turns
 
 from jaxsae import __version__, activations, data, models, sae
 from jaxsae import mesh as meshes
+from jaxsae.activations.source import dropped_rows
 from jaxsae.config import SaeConfig, TrainConfig
 from jaxsae.data.tokens import find_bos_id
 from jaxsae.models import checkpoints
 from jaxsae.sae import step as sae_step
+from jaxsae.sae.train import INIT_ROWS
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -78,9 +80,12 @@ class Jaxsae:
             batches_per_epoch=self._n_steps,
         )
         self._take_step = sae_step.make_step(self._recipe, self._mesh)
-        self._stream = activations.StreamSource(
-            lm,
-            contexts,
+
+    def stream(self) -> None:
+        """Train from the language model."""
+        source = activations.StreamSource(
+            self._lm,
+            self._contexts,
             bos_id=self._bos_id,
             batch=BATCH,
             seed=0,
@@ -90,11 +95,8 @@ class Jaxsae:
             forward_batch=FORWARD_CONTEXTS,
             mesh=self._mesh,
         )
-        self._sample = self._stream.sample(min(4096, n_tokens), seed=0)
-
-    def stream(self) -> None:
-        """Train from the language model."""
-        self._train(self._stream)
+        position = source.init(self._n_steps)
+        self._train(source, position, source.peek(position, INIT_ROWS))
 
     def store(self) -> None:
         """Write the store into a new folder, and train from it."""
@@ -108,15 +110,20 @@ class Jaxsae:
                 batch=FORWARD_CONTEXTS,
             )
             layers = slice(0, self._lm.n_layers)
-            self._train(
-                activations.StoreSource(
-                    store, batch=BATCH, seed=0, held_out=0.0, buffer_tokens=BUFFER_TOKENS, layers=layers
-                )
+            source = activations.StoreSource(
+                store, batch=BATCH, seed=0, held_out=0.0, buffer_tokens=BUFFER_TOKENS, layers=layers
             )
+            sample = source.sample(min(INIT_ROWS, source.n_train_tokens), seed=0)
+            self._train(source, source.init(), sample)
 
-    def _train(self, source: activations.StoreSource | activations.StreamSource) -> None:
-        state = meshes.put_layers(sae_step.init_state(self._recipe, self._sample, 0), self._mesh)
-        position, layers = source.init(), slice(0, self._lm.n_layers)
+    def _train(
+        self,
+        source: activations.StoreSource | activations.StreamSource,
+        position: dict[str, int],
+        sample: BFloat16[np.ndarray, "L N D"],
+    ) -> None:
+        state = meshes.put_layers(sae_step.init_state(self._recipe, sample, 0), self._mesh)
+        layers = slice(0, self._lm.n_layers)
         for step in range(self._n_steps):
             position, acts = source.next(position)
             if isinstance(acts, np.ndarray):
@@ -176,9 +183,11 @@ class Peers:
 
 def read_contexts(corpus: Path, lm: models.LanguageModel, n_tokens: int) -> Int[np.ndarray, "N T"]:
     """Return the contexts of so many tokens, and the few that take the place of the rows that jaxsae drops."""
-    wanted = round(1.1 * n_tokens / CONTEXT) * CONTEXT
+    enough = round(1.1 * n_tokens / CONTEXT) * CONTEXT
     bos_id = find_bos_id(lm.tokenizer)
-    return data.pack(data.read_documents(corpus), lm.tokenizer, context=CONTEXT, n_tokens=wanted, bos_id=bos_id)
+    contexts = data.pack(data.read_documents(corpus), lm.tokenizer, context=CONTEXT, n_tokens=enough, bos_id=bos_id)
+    n_kept = np.cumsum(~dropped_rows(contexts.ravel(), CONTEXT, bos_id=bos_id))
+    return contexts[: np.searchsorted(n_kept, n_tokens) // CONTEXT + 1]
 
 
 def bench(corpus: Path, n_tokens: int, n_turns: int) -> Iterator[Row]:
