@@ -205,17 +205,15 @@ class _Plan:
     def order(self, refill: int, n_rows: int) -> ByShard:
         """Return the slots of each data shard in the order in which they are handed out after a refill.
 
-        The first M are, before the next refill; after the last one all that are full, which stand before those that
-        the stream's `n_rows` left empty.
+        The first M are, before the next refill; after the last one all that are full are, which stand before those for
+        which the stream has no row left.
         """
         orders = self._permutations(refill)
         if refill < self.sizes.last_refill(n_rows):
             return orders
-        n_full = (n_rows - refill * self.sizes.refill_rows) // self.sizes.data_shards
-        is_full = [np.ones(len(order), bool) for order in orders]
-        for full, free in zip(is_full, self._free_slots(refill), strict=True):
-            full[free[len(free) - (len(full) - n_full) :]] = False
-        return [order[np.argsort(~full[order], kind="stable")] for order, full in zip(orders, is_full, strict=True)]
+        n_empty = (self.sizes.buffer_rows + refill * self.sizes.refill_rows - n_rows) // self.sizes.data_shards
+        empty = [free[len(free) - n_empty :] for free in self._free_slots(refill)]
+        return [np.append(order[~np.isin(order, slots)], slots) for order, slots in zip(orders, empty, strict=True)]
 
     def _free_slots(self, refill: int) -> ByShard:
         """Return the slots of each data shard that a refill may write: those handed out before it, or all at first."""
@@ -395,10 +393,10 @@ class StreamSource:
         return self._position(place.step + 1, state.get("n_batches")), self._take(place, self.batch)
 
     def peek(self, state: Mapping[str, int], n: int) -> BFloat16[np.ndarray, "L _ D"]:
-        """Return `n` rows of the buffer as a position finds it, fewer where it has no more, on the host.
+        """Return `n` rows of this process's layers on the host, fewer where the buffer holds no more.
 
-        They are this process's layers' rows, those of the next batches first. Nothing is computed that these would not
-        need, so that this is the cheapest sample.
+        They are those of the next batches, and then of batches after a refill. Nothing is computed that the next batch
+        does not take: before the first one, this is a sample for nothing.
 
         Raises:
             InputError: the position does not belong to this stream, or `n` is less than `mesh.data`.

@@ -178,6 +178,14 @@ def test_next__of_a_stream_with_an_end_computes_what_it_hands_out_and_no_more(co
         source.next(drawn[-1][0])
 
 
+def test_next__of_one_source_with_one_end_after_another():
+    source = make_source()
+    for n_batches, n_drawn in [(9, 9), (20, 10), (9, 9), (20, 10), (5, 5), (None, 12), (13, 13)]:
+        book = batches_by_the_book(batch=24, n_buffer=192, n_refill=96, data=1, n_batches=n_batches or 10**6)
+        for (_, acts), tokens in zip(draw(source, n_drawn, source.init(n_batches)), book, strict=False):
+            np.testing.assert_array_equal(tokens_of(acts), tokens)
+
+
 @pytest.mark.parametrize("n_batches", [0, -1])
 def test_init__refuses_a_stream_of_no_batch(n_batches):
     with pytest.raises(InputError, match=f"a stream has at least 1 batch, got {n_batches}"):

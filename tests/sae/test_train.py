@@ -106,6 +106,48 @@ def test_train__stopped_and_resumed__equals_uninterrupted(tmp_path, architecture
     assert_equal(sae.load(tmp_path / "parts" / "saes"), sae.load(tmp_path / "whole" / "saes"))
 
 
+class Buffered(PlantedSource):
+    """A source with a buffer, which knows only the runs that it is told of, and cannot be sampled."""
+
+    def init(self, n_batches=None):
+        return super().init() | {"n_batches": n_batches}
+
+    def next(self, state):
+        assert state["position"] < state["n_batches"] == TOTAL
+        return state | {"position": state["position"] + 1}, self.rows(self.batch, 1, state["position"])
+
+    def peek(self, state, n):
+        assert state == {"position": 0, "n_batches": TOTAL}
+        return self.rows(min(n, 60), 4)
+
+    def sample(self, n, *, seed):
+        raise NotImplementedError
+
+    def arrays(self, state):
+        return {"rows": jnp.arange(3) + state["position"]}
+
+    def abstract_arrays(self):
+        like = jnp.arange(3)
+        return {"rows": jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)}
+
+    def restore(self, state, arrays):
+        np.testing.assert_array_equal(arrays["rows"], np.arange(3) + state["position"])
+        self.peek = None  # a resumed run has nothing to look for
+
+
+def test_train__on_a_source_with_a_buffer__says_when_it_ends__and_starts_from_the_rows_at_hand(tmp_path):
+    whole = make_trainer(tmp_path / "whole", Buffered())
+    assert whole.reader == {"position": 0, "n_batches": TOTAL}
+    rows = Buffered().rows(60, 4)
+    np.testing.assert_allclose(whole.state.mean[:L] / whole.state.scale[:L, None], rows.mean(axis=1), rtol=1e-5)
+    run(whole)
+    run(make_trainer(tmp_path / "parts", Buffered()), stop_at=6)
+    resumed = make_trainer(tmp_path / "parts", Buffered())
+    assert resumed.source.peek is None
+    assert_equal(run(resumed)[0], run(whole)[0])
+    assert_equal(resumed.state, whole.state)
+
+
 class Spoiled(PlantedSource):
     """Activations with a NaN in layer 1 of the batch at position 6, which is step 7."""
 
