@@ -180,9 +180,19 @@ def test_next__of_a_stream_with_an_end_computes_what_it_hands_out_and_no_more(co
 
 def test_next__of_one_source_with_one_end_after_another():
     source = make_source()
-    for n_batches, n_drawn in [(9, 9), (20, 10), (9, 9), (20, 10), (5, 5), (None, 12), (13, 13)]:
+    # Nine end after one refill, in part; from batch 8 on, 20 have made two.
+    for n_batches, first, n_drawn in [
+        (9, 0, 9),
+        (20, 0, 10),
+        (9, 0, 9),
+        (20, 8, 4),
+        (5, 0, 5),
+        (None, 0, 12),
+        (13, 0, 13),
+    ]:
         book = batches_by_the_book(batch=24, n_buffer=192, n_refill=96, data=1, n_batches=n_batches or 10**6)
-        for (_, acts), tokens in zip(draw(source, n_drawn, source.init(n_batches)), book, strict=False):
+        drawn = draw(source, n_drawn, source.init(n_batches) | {"batch": first})
+        for (_, acts), tokens in zip(drawn, itertools.islice(book, first, None), strict=False):
             np.testing.assert_array_equal(tokens_of(acts), tokens)
 
 
