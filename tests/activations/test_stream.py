@@ -508,13 +508,18 @@ print(test_stream.facts_of_a_run())
 """
 
 
+def samples_of(source):
+    return source.sample(33, seed=0), source.peek(source.init(9), 48)
+
+
 def facts_of_a_run():
-    """Return a digest of what a stream over four devices gives, of all processes, and one of this process's sample."""
+    """Return a digest of what a stream over four devices gives, of all processes, and one of this process's samples."""
     source, batches, sampled = make_source(2, 2), hashlib.sha256(), hashlib.sha256()
-    for acts in [*(acts for _, acts in draw(source, 9)), *source.held_out_batches(24)]:
+    for acts in [*(acts for _, acts in draw(source, 9, source.init(9))), *source.held_out_batches(24)]:
         batches.update(meshes.fetch(acts).tobytes())
     layers = meshes.local_layers(N_LAYERS, meshes.make_mesh(N_LAYERS, layer=2, data=2))
-    sampled.update(source.sample(33, seed=0).tobytes())
+    for rows in samples_of(source):
+        sampled.update(rows.tobytes())
     return {"layers": [layers.start, layers.stop], "batches": batches.hexdigest(), "sampled": sampled.hexdigest()}
 
 
@@ -537,10 +542,11 @@ def test_two_processes__give_what_one_gives():
         for process in processes:
             process.kill()
             process.wait()
-    alone, rows = facts_of_a_run(), make_source(2, 2).sample(33, seed=0)
+    alone, samples = facts_of_a_run(), samples_of(make_source(2, 2))
     assert [each["batches"] for each in facts] == [alone["batches"]] * 2
     assert [each["layers"] for each in facts] == [[0, 2], [2, 3]]
-    parts = [hashlib.sha256(rows[slice(*each["layers"])].tobytes()).hexdigest() for each in facts]
+    own = [b"".join(rows[slice(*each["layers"])].tobytes() for rows in samples) for each in facts]
+    parts = [hashlib.sha256(rows).hexdigest() for rows in own]
     assert [each["sampled"] for each in facts] == parts
 
 
