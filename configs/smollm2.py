@@ -5,7 +5,7 @@
         --config.corpus.path=CORPUS --config.questions.path=QUESTIONS --config.questions.format=known_1000
 
 The language model runs beside the SAEs: each of 450,560 training rows is computed once, used once and never written.
-On 2 cores with nothing else running (AVX512-BF16): 28 minutes, of which train 21; 5.9 GiB of memory, 2.5 GiB of disk.
+On 2 cores with nothing else running (AVX512-BF16): 28 minutes, of which train 21; 5.9 GiB of memory, 2.4 GiB of disk.
 FVU .184 on average, .069 (layer 2) to .256 (layer 28), where PCA with 32 components leaves .458, .188 and .545; none
 dead; ΔCE .23 to .66 nats per token, .94 in the last layer. More tokens would help: from 153,600 to 450,560 the mean
 FVU went from .222 to .184. The full tables are in docs/results.md.
