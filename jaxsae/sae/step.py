@@ -278,16 +278,14 @@ def geometric_median(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " D"]:
     It lies in the bulk of the rows, which the mean may not where a few of them are far out. Gao et al. 2024
     (arXiv:2406.04093, appendix A.1) start b_dec there.
     """
-    mean = rows.mean(axis=0)
-    centred = (rows - mean).astype(np.float32)  # precise enough once the mean, which may be far out, is gone
-    squared, median = np.einsum("nd,nd->n", centred, centred), np.zeros_like(centred[0])
+    median, squared = rows.mean(axis=0), np.einsum("nd,nd->n", rows, rows)
     for _ in range(_MEDIAN_ROUNDS):
-        distances = np.sqrt(np.maximum(squared - 2 * centred @ median + median @ median, 0.0))
+        distances = np.sqrt(np.maximum(squared - 2 * rows @ median + median @ median, 0.0))
         weights = 1 / np.maximum(distances, 1e-6 * distances.max() + np.finfo(np.float32).tiny)
-        before, median = median, weights @ centred / weights.sum()
+        before, median = median, weights @ rows / weights.sum()
         if np.linalg.norm(median - before) < _MEDIAN_SHIFT * np.median(distances):
             break
-    return mean + median
+    return median
 
 
 def make_step(recipe: Recipe, mesh: Mesh) -> Callable:
