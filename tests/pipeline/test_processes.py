@@ -14,8 +14,8 @@ PATIENCE = 150  # seconds for one command of both processes
 
 
 # The threads of a process share its matrix products out by their number, which decides the last bits; Adam makes a
-# difference in a gradient of almost nothing grow to a step. Without threads one and two processes can be compared, for a
-# few steps: sooner or later a row has two latents at the k-th place, as far as the last bits tell, and keeps the other.
+# difference in a gradient of almost nothing grow to a step. Without threads one and two processes can be compared, for
+# a few steps: sooner or later two latents of a row are so near the k-th place that the last bits choose between them.
 WITHOUT_THREADS = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 FEW_STEPS = {"train.n_tokens": 8 * 256, "train.evaluate_every": 4, "train.checkpoint_every": 4}
 
