@@ -15,7 +15,8 @@ from jaxsae.activations.store import (
     open,
     required_bytes,
 )
-from jaxsae.activations.stream import StreamSizes, StreamSource, size_stream
+from jaxsae.activations.stream import StreamSource
+from jaxsae.activations.stream_plan import StreamSizes, size_stream
 
 __all__ = [
     "ResidualModel",

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 from jaxsae import activations
 from jaxsae import mesh as meshes
-from jaxsae.activations import stream
+from jaxsae.activations import stream, stream_plan
 from jaxsae.artifacts import InputError
 from jaxsae.models import LanguageModel, decoder, gpt2
 
@@ -151,14 +151,14 @@ def test_next__follows_the_documented_order_over_epochs(mesh, options, n_buffer,
 @pytest.fixture
 def computed(monkeypatch):
     """Return the list of the rows that are computed from now on: by pass, the slots that they go to."""
-    passes, plan_passes = [], stream._Plan.passes
+    passes, plan_passes = [], stream_plan.StreamPlan.passes
 
     def watched(plan, rows, slots, n_slots):
         for token_ids, places in plan_passes(plan, rows, slots, n_slots):
             passes.append(np.flatnonzero(places < n_slots))
             yield token_ids, places
 
-    monkeypatch.setattr(stream._Plan, "passes", watched)
+    monkeypatch.setattr(stream_plan.StreamPlan, "passes", watched)
     return passes
 
 
@@ -303,9 +303,9 @@ def test_next__resumes_bit_for_bit_with_the_saved_buffer_and_without(layer, data
 @pytest.fixture
 def refills(monkeypatch):
     """Return the list of refills that are made from now on."""
-    numbers, refill = [], stream._Plan.refill
+    numbers, refill = [], stream_plan.StreamPlan.refill
     monkeypatch.setattr(
-        stream._Plan, "refill", lambda plan, number, n: numbers.append(number) or refill(plan, number, n)
+        stream_plan.StreamPlan, "refill", lambda plan, number, n: numbers.append(number) or refill(plan, number, n)
     )
     return numbers
 
@@ -434,7 +434,7 @@ def test_size_stream__shares_a_refills_contexts_out_evenly():
         ((1, 4, 1), 2, 9),
     ]:
         shards = dict(zip(("layer_shards", "data_shards", "latent_shards"), mesh, strict=True))
-        sizes = stream.size_stream(**settings, **shards, replace=0.5, forward_batch=16)
+        sizes = stream_plan.size_stream(**settings, **shards, replace=0.5, forward_batch=16)
         assert (sizes.buffer_rows, sizes.refill_rows) == (131_072, 65_536)
         assert (sizes.passes, sizes.pass_contexts) == (passes, pass_contexts)
         assert sizes.refill_contexts == passes * pass_contexts * math.prod(mesh)
